@@ -1,0 +1,261 @@
+"""The verbs, without logic: read the options, call one function, hand its result to the console."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsify_deploy import __version__, console
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="From a PyTorch model to a 2:4-sparse INT8 engine, with a measured verdict on what that bought.",
+)
+
+# Newer versions of typer carry a click of their own, so the class is taken from where typer has it.
+_ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe, a YAML file")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="change a field, as in training.epochs=3; repeatable"),
+]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="where the run lives; default runs/NAME")]
+Store = Annotated[Path | None, typer.Option("--store", help="a store shared with other recipes; default RUN_DIR/store")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
+Trust = Annotated[bool, typer.Option("--trust-code", help="allow the recipe to run the Python files it names")]
+TrustEngine = Annotated[
+    bool, typer.Option("--trust-engine", help="open an engine that has no metadata of ours beside it")
+]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="no progress")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="more progress")]
+
+
+class Device(str, Enum):
+    """Where training runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def call(arguments: Sequence[str]) -> int:
+    """Run one command line; returns its exit code, raises `SparsifyError` for what went wrong."""
+    try:
+        result = app(list(arguments), standalone_mode=False, prog_name="sparsify-deploy")
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except _ClickException as error:
+        console.error(error.format_message())
+        if (context := getattr(error, "ctx", None)) is not None:
+            console.error(f"try: {context.command_path} --help")
+        return 2
+    return result if isinstance(result, int) else 0
+
+
+def _version(value: bool) -> None:
+    if value:
+        console.out(f"sparsify-deploy {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="show the traceback of an internal error")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    sets: Sets = None,
+    run_dir: RunDir = None,
+    store: Store = None,
+    start: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="run again from this stage on")] = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="stop after this stage")] = None,
+    again: Annotated[list[str] | None, typer.Option(metavar="STAGE", help="run this stage again; repeatable")] = None,
+    device: Annotated[Device, typer.Option(help="where training runs; auto: a GPU if torch sees one")] = Device.auto,
+    checkpoint_every: Annotated[float, typer.Option(metavar="SECONDS", help="step checkpoints while training")] = 30.0,
+    trust_code: Trust = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Take a recipe to its engines; what is finished already is not run again."""
+    from sparsify_deploy import workspace
+
+    with console.progress(quiet=quiet, verbose=verbose) as progress:
+        report = workspace.open_run(recipe, sets or (), run_dir, store, trust_code=trust_code).run(
+            progress,
+            device=device.value,
+            checkpoint_every_s=checkpoint_every,
+            start=start,
+            until=until,
+            again=again or (),
+        )
+    console.run_report(report, as_json=as_json)
+    return workspace.exit_code(report)
+
+
+@app.command()
+def validate(recipe: RecipeFile, sets: Sets = None, as_json: AsJson = False) -> None:
+    """Check a recipe and name every mistake; needs neither torch nor the data."""
+    from sparsify_deploy import recipe_source
+
+    console.validated(recipe, recipe_source.load(recipe, sets or ()), as_json=as_json)
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    sets: Sets = None,
+    run_dir: RunDir = None,
+    store: Store = None,
+    trust_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what would run and why, its estimated cost, and which layers could run sparse. Runs nothing."""
+    from sparsify_deploy import workspace
+
+    forecast = workspace.open_run(recipe, sets or (), run_dir, store, trust_code=trust_code).forecast()
+    console.forecast(forecast, as_json=as_json)
+
+
+@app.command()
+def status(
+    recipe: RecipeFile, sets: Sets = None, run_dir: RunDir = None, store: Store = None, as_json: AsJson = False
+) -> None:
+    """Show which steps of a recipe are done."""
+    from sparsify_deploy import workspace
+
+    console.status(workspace.open_run(recipe, sets or (), run_dir, store).status(), as_json=as_json)
+
+
+@app.command()
+def explain(
+    recipe: RecipeFile,
+    stage: Annotated[str | None, typer.Argument(help="one step or stage; default all")] = None,
+    sets: Sets = None,
+    run_dir: RunDir = None,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which field makes a stage run again."""
+    from sparsify_deploy import workspace
+
+    found = workspace.open_run(recipe, sets or (), run_dir, store).status(stage)
+    console.explained(found, as_json=as_json)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a run directory, such as runs/digits")],
+    as_json: AsJson = False,
+) -> int:
+    """Print the report of a finished run."""
+    from sparsify_deploy import workspace
+
+    found = workspace.read_report(run_dir)
+    console.run_report(found, as_json=as_json)
+    return workspace.exit_code(found)
+
+
+@app.command(name="list")
+def list_(
+    which: Annotated[
+        str | None, typer.Argument(metavar="[MENU]", help="one menu, such as methods; default all")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what a recipe may name: criteria, methods, models, data sets, tasks, runtimes."""
+    from sparsify_deploy import menu
+    from sparsify_deploy.errors import UsageError
+
+    if which is not None and which not in menu.MENUS:
+        raise UsageError(f"no menu {which!r}{menu.did_you_mean(which, menu.MENUS)}")
+    chosen = [which] if which else list(menu.MENUS)
+    console.menus({m: {n: menu.summary(m, n) for n in menu.names(m)} for m in chosen}, as_json=as_json)
+
+
+@app.command()
+def build(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="an ONNX file")],
+    runtime: Annotated[str, typer.Option(help="see: list runtimes")] = "openvino",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="the engine; default beside the model")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a parameter of the runtime; repeatable")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Build an engine from an ONNX file. Needs no torch."""
+    from sparsify_deploy import deploy
+
+    console.built(deploy.build(model, runtime, output, sets or ()), as_json=as_json)
+
+
+@app.command()
+def bench(
+    models: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="engines or ONNX files; the first is the baseline")
+    ],
+    runtime: Annotated[str, typer.Option(help="what ONNX files run in; see: list runtimes")] = "openvino",
+    batch: Annotated[str, typer.Option(metavar="N[,N...]", help="batch sizes")] = "1",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
+    rounds: Annotated[int, typer.Option(min=5, help="interleaved rounds")] = 20,
+    round_ms: Annotated[float, typer.Option(min=1, help="time for each file in a round, ms")] = 30.0,
+    trust_engine: TrustEngine = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time engines or ONNX files on random inputs, interleaved, with an A/A control. Needs no torch."""
+    from sparsify_deploy import deploy
+
+    with console.progress(quiet=quiet, verbose=False) as progress:
+        result = deploy.bench(
+            models,
+            runtime=runtime,
+            batch_sizes=deploy.parse_batches(batch),
+            threads=threads,
+            rounds=rounds,
+            round_ms=round_ms,
+            trust=trust_engine,
+            progress=progress,
+        )
+    console.raced(result, as_json=as_json)
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar="FILE", help="an ONNX file or an engine")],
+    pattern: Annotated[str, typer.Option(metavar="N:M", help="the pattern looked for")] = "2:4",
+    trust_engine: TrustEngine = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show, layer by layer, which pattern the final values hold and whether hardware could use it. Needs no torch."""
+    from sparsify_deploy import deploy
+
+    console.inspected(deploy.inspect(model, pattern, trust=trust_engine), as_json=as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: packages, extras, devices, and what to install for what. Needs no torch."""
+    from sparsify_deploy.doctor import diagnose
+
+    console.diagnosis(diagnose(), as_json=as_json)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    console.out(f"sparsify-deploy {__version__}")

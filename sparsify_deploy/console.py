@@ -1,0 +1,333 @@
+"""The only module that prints: results on stdout, progress and errors on stderr.
+
+Every text goes out with `soft_wrap=True, markup=False`, or rich would break `file:line:column` and eat brackets.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sparsify_deploy.deploy import Built
+    from sparsify_deploy.doctor import Finding
+    from sparsify_deploy.pipeline import Status
+    from sparsify_deploy.recipe import Recipe
+    from sparsify_deploy.reports import RunReport
+    from sparsify_deploy.tables import Table as TextTable
+    from sparsify_deploy.timing import Race
+    from sparsify_deploy.types import Json, Progress
+    from sparsify_deploy.workspace import Forecast
+
+
+def out(text: str) -> None:
+    """One result on stdout, as it is."""
+    sys.stdout.write(text + "\n")
+
+
+def error(text: str) -> None:
+    """One line on stderr."""
+    sys.stderr.write(f"sparsify-deploy: {text}\n")
+
+
+def _json(value: Json) -> None:
+    out(json.dumps(value, indent=1, sort_keys=True, default=str))
+
+
+def _table(table: Table) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=max(160, console.width))
+    console.print(table, soft_wrap=False)
+
+
+def _new_table(*columns: str, title: str | None = None, right: Sequence[str] = ()) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, title=Text(title) if title else None, title_justify="left", pad_edge=False)
+    for column in columns:
+        table.add_column(Text(column), justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def _row(table: Table, *cells: object) -> None:
+    from rich.text import Text
+
+    table.add_row(*(Text("" if cell is None else str(cell)) for cell in cells))
+
+
+@contextmanager
+def progress(*, quiet: bool, verbose: bool) -> Iterator[Progress]:
+    """Progress on stderr: bars with rate and ETA on a terminal, a line now and then elsewhere, nothing if `quiet`."""
+    from sparsify_deploy.types import Silent
+
+    if quiet:
+        yield Silent()
+        return
+    if not sys.stderr.isatty():
+        yield _Lines(every_s=2.0 if verbose else 10.0)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bars = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}", markup=False),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=Console(stderr=True, highlight=False),
+        transient=True,
+    )
+    with bars:
+        yield _Bars(bars)
+
+
+class _Lines:
+    """Progress where there is no terminal: a line when something starts, and at most one every so often after."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._label = ""
+        self._began = self._last = 0.0
+        self._first = 0
+
+    def update(self, label: str, done: int, total: int, note: str = "") -> None:
+        from time import monotonic
+
+        now = monotonic()
+        if label != self._label:
+            self._label, self._began, self._last, self._first = label, now, now, done
+        if now - self._last < self._every_s:
+            return
+        self._last = now
+        rate = (done - self._first) / (now - self._began)
+        left = f", {(total - done) / rate:.0f} s left" if rate else ""
+        sys.stderr.write(f"  {label} {done}/{total} ({rate:.1f}/s{left}) {note}\n")
+        sys.stderr.flush()
+
+    def say(self, message: str) -> None:
+        sys.stderr.write(f"{message}\n")
+        sys.stderr.flush()
+
+
+class _Bars:
+    """Progress on a terminal: one bar, for what is under way."""
+
+    def __init__(self, bars: object) -> None:
+        from rich.progress import Progress, TaskID
+
+        assert isinstance(bars, Progress)
+        self._bars = bars
+        self._label = ""
+        self._task: TaskID | None = None
+
+    def update(self, label: str, done: int, total: int, note: str = "") -> None:
+        if label != self._label or self._task is None:
+            if self._task is not None:
+                self._bars.remove_task(self._task)
+            self._task = self._bars.add_task(label, total=total, completed=done, note=note, rate="")
+            self._label = label
+        speed = self._bars.tasks[-1].speed
+        rate = f"{speed:.1f}/s" if speed else ""
+        self._bars.update(self._task, completed=done, total=total, note=note, rate=rate)
+
+    def say(self, message: str) -> None:
+        from rich.text import Text
+
+        self._bars.console.print(Text(message), soft_wrap=True)
+
+
+def menus(found: Mapping[str, Mapping[str, str]], *, as_json: bool) -> None:
+    """What a recipe may name."""
+    if as_json:
+        _json(found)
+        return
+    for menu, entries in found.items():
+        out(menu)
+        width = max((len(name) for name in entries), default=0)
+        for name, summary in entries.items():
+            out(f"  {name:<{width}}  {summary}")
+
+
+def validated(path: Path, recipe: Recipe, *, as_json: bool) -> None:
+    """A recipe without mistakes."""
+    if as_json:
+        _json({"recipe": str(path), "name": recipe.name, "valid": True})
+    else:
+        out(f"{path}: valid")
+
+
+def status(found: Sequence[Status], *, as_json: bool) -> None:
+    """Where the steps stand."""
+    if as_json:
+        _json([{"step": s.step.id, "state": s.state, "why": s.why} for s in found])
+        return
+    width = max(len(s.step.id) for s in found)
+    for s in found:
+        out(f"{s.step.id:<{width}}  {s.state:<8}  {s.why}".rstrip())
+
+
+def explained(found: Sequence[Status], *, as_json: bool) -> None:
+    """Why each step would run, or the fingerprint it is cached under."""
+    if as_json:
+        _json(
+            [
+                {
+                    "step": s.step.id,
+                    "state": s.state,
+                    "why": s.why,
+                    "fingerprint": s.record.fingerprint if s.record else None,
+                    "folder": str(s.record.folder) if s.record else None,
+                }
+                for s in found
+            ]
+        )
+        return
+    for s in found:
+        out(f"{s.step.id}: {s.state}{f': {s.why}' if s.why else ''}")
+        if s.record is not None:
+            out(f"  {s.record.folder}")
+
+
+def forecast(found: Forecast, *, as_json: bool) -> None:
+    """The dry run."""
+    if as_json:
+        _json(
+            {
+                "steps": [
+                    {
+                        "step": s.step.id,
+                        "state": s.state,
+                        "why": s.why,
+                        "optimizer_steps": e.optimizer_steps if e else None,
+                        "dense_training_flops": e.training_flops if e else None,
+                    }
+                    for s, e in found.steps
+                ],
+                "layers": [vars(layer) for layer in found.layers],
+                "missing": list(found.missing),
+            }
+        )
+        return
+    table = _new_table(
+        "step", "state", "optimizer steps", "TFLOP if dense", "why", right=("optimizer steps", "TFLOP if dense")
+    )
+    for s, estimate in found.steps:
+        steps = estimate.optimizer_steps if estimate else None
+        flops = estimate.training_flops if estimate else None
+        _row(table, s.step.id, s.state, steps or "", f"{flops / 1e12:.2f}" if flops else "", s.why)
+    _table(table)
+    if found.layers:
+        table = _new_table("layer", "shape", "projected", "reason", title="which layers could run 2:4-sparse")
+        for layer in found.layers:
+            _row(table, layer.name, "x".join(map(str, layer.shape)), "yes" if layer.projected else "no", layer.reason)
+        _table(table)
+        chosen = sum(layer.projected for layer in found.layers)
+        out(f"{chosen} of {len(found.layers)} layers would be projected")
+    for line in found.missing:
+        out(f"missing: {line}")
+
+
+def diagnosis(findings: Sequence[Finding], *, as_json: bool) -> None:
+    """What `doctor` found."""
+    if as_json:
+        _json([vars(finding) for finding in findings])
+        return
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        advice = f": {finding.advice}" if finding.advice else ""
+        out(f"{finding.state:<7} {finding.name:<{width}}  {finding.detail}{advice}")
+
+
+def built(result: Built, *, as_json: bool) -> None:
+    """An engine on disk."""
+    from dataclasses import asdict
+
+    if as_json:
+        _json({"engine": str(result.engine), **asdict(result.notes)})
+        return
+    label = f", {result.notes.label}" if result.notes.label else ""
+    out(f"{result.engine}: {result.notes.runtime} {result.notes.version}, {result.notes.seconds:.1f} s{label}")
+    for warning in result.notes.warnings:
+        error(warning)
+
+
+def run_report(report: RunReport, *, as_json: bool) -> None:
+    """The tables of a run, its notes, and the verdict last."""
+    from sparsify_deploy.reports import to_json
+    from sparsify_deploy.tables import tables
+
+    if as_json:
+        _json(to_json(report))
+        return
+    for table in tables(report):
+        _print(table)
+    for note in report.notes:
+        out(note)
+    out(report.verdict)
+
+
+def raced(races: Sequence[Race], *, as_json: bool) -> None:
+    """What `bench` measured."""
+    from dataclasses import asdict
+
+    from sparsify_deploy.tables import race_table
+
+    if as_json:
+        _json([asdict(race) for race in races])
+        return
+    for race in races:
+        _print(race_table("bench", race))
+
+
+def inspected(found: Mapping[str, Json], *, as_json: bool) -> None:
+    """What a model file holds."""
+    if as_json:
+        _json(found)
+        return
+    if found["layers"] is None:
+        out(f"{found['file']}: an engine of {found['runtime']}")
+        for key, value in sorted((found["metadata"] or {}).items()):
+            out(f"  {key}: {value}")
+        return
+    columns = ("layer", "shape", "precision", "INT8 in", "INT8 out", "zeros", found["pattern"], "could", "reason")
+    table = _new_table(*columns, title=found["file"])
+    yes = {True: "yes", False: "no"}
+    for layer in found["layers"]:
+        _row(
+            table,
+            layer["layer"],
+            "x".join(map(str, layer["shape"])),
+            layer["precision"],
+            yes[layer["int8_in"]],
+            yes[layer["int8_out"]],
+            f"{layer['sparsity']:.0%}",
+            yes[layer["pattern_held"]],
+            yes[layer["pattern_possible"]],
+            layer["reason"],
+        )
+    _table(table)
+    held = sum(layer["pattern_held"] for layer in found["layers"])
+    out(f"{held} of {len(found['layers'])} layers hold {found['pattern']} in their final values")
+    out("whether a builder picks a sparse kernel for them is the builder's word: it needs TensorRT on a GPU")
+
+
+def _print(table: TextTable) -> None:
+    shown = _new_table(*table.columns, title=table.title)
+    for row in table.rows:
+        _row(shown, *row)
+    _table(shown)
+    if table.how:
+        out(table.how + "\n")

@@ -1,0 +1,161 @@
+"""Data sets that lie in memory: arrays as they were stored, turned into floats one batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsify_deploy.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Affine:
+    """`(x - shift) / divisor` in float32; both broadcast against `(B, ...)`."""
+
+    shift: Tensor
+    divisor: Tensor
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """A new tensor."""
+        return values.to(torch.float32).sub(self.shift).div_(self.divisor)
+
+
+UNIT = Affine(torch.zeros(()), torch.full((), 255.0))
+"""Bytes to 0..1."""
+
+
+@dataclass(frozen=True)
+class MemorySplit:
+    """Fields of equal length along axis 0; `uint8` fields are stored so and leave `take` as float32."""
+
+    fields: Mapping[str, Tensor]
+    affine: Mapping[str, Affine] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.fields.values())))
+
+    def take(self, indices: Tensor) -> dict[str, Tensor]:
+        """The examples at int64 `indices` `(B,)`, each field batched along axis 0."""
+        rows = {name: values[indices] for name, values in self.fields.items()}
+        return {name: self.affine[name](value) if name in self.affine else value for name, value in rows.items()}
+
+
+@dataclass(frozen=True)
+class MemoryDataSet:
+    """A `types.DataSet` of two splits in memory."""
+
+    train: MemorySplit
+    test: MemorySplit
+    inputs: tuple[str, ...] = ("input",)
+    classes: tuple[str, ...] | None = None
+
+    def split(self, name: Literal["train", "test"]) -> MemorySplit:
+        """`train` or `test`."""
+        return {"train": self.train, "test": self.test}[name]
+
+
+def data_set(
+    train: tuple[NDArray[Any], NDArray[Any]],
+    test: tuple[NDArray[Any], NDArray[Any]],
+    affine: Affine | None,
+    classes: tuple[str, ...] | None = None,
+) -> MemoryDataSet:
+    """A data set of two (inputs, targets) pairs whose inputs pass through `affine`."""
+    scale = {} if affine is None else {"input": affine}
+    first, second = (MemorySplit({"input": tensor(x), "target": tensor(y)}, scale) for x, y in (train, test))
+    return MemoryDataSet(first, second, classes=classes)
+
+
+def scaling(values: NDArray[Any], *, normalize: bool) -> Affine | None:
+    """What makes inputs of images `(N, C, H, W)`, uint8 or float32: standardised, or bytes to 0..1, or as they are."""
+    if normalize:
+        return standardising(values)
+    return UNIT if values.dtype == np.uint8 else None
+
+
+def standardising(values: NDArray[Any]) -> Affine:
+    """What gives each channel (axis 1) of `values` `(N, C, ...)` mean 0 and deviation 1.
+
+    The mean and deviation of bytes come from a histogram and are exact. A constant channel is divided by 1, not 0.
+    """
+    count, channels = values.size // values.shape[1], values.shape[1]
+    if values.dtype == np.uint8:
+        histogram = np.zeros((channels, 256), dtype=np.int64)
+        for start in range(0, len(values), _CHUNK):
+            for channel in range(channels):
+                part = values[start : start + _CHUNK, channel].reshape(-1)
+                histogram[channel] += np.bincount(part, minlength=256)
+        levels = np.arange(256.0)
+        mean = histogram @ levels / count
+        variance = histogram @ levels**2 / count - mean**2
+    else:
+        axes = tuple(axis for axis in range(values.ndim) if axis != 1)
+        mean = values.mean(axis=axes, dtype=np.float64)
+        variance = np.zeros(channels)
+        for start in range(0, len(values), _CHUNK):
+            part = values[start : start + _CHUNK].astype(np.float64)
+            variance += ((part - mean.reshape(-1, *(1,) * (values.ndim - 2))) ** 2).sum(axis=axes)
+        variance /= count
+    deviation = np.sqrt(np.maximum(variance, 0.0))
+    deviation[deviation == 0.0] = 255.0 if values.dtype == np.uint8 else 1.0
+    shape = (1, channels, *(1,) * (values.ndim - 2))
+    return Affine(*(torch.tensor(v, dtype=torch.float32).reshape(shape) for v in (mean, deviation)))
+
+
+def targets(values: NDArray[Any], where: str) -> NDArray[Any]:
+    """Integer targets as int64 `(N,)`, none negative; float targets as float32, all finite. `where` begins an error."""
+    if values.dtype.kind in "iub":
+        labels = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+        if labels.ndim != 1:
+            raise DataError(f"{where}: class labels have shape {values.shape}, expected one integer an example")
+        if len(labels) and int(labels.min()) < 0:
+            raise DataError(f"{where}: label {int(labels.min())} at index {int(labels.argmin())}; labels start at 0")
+        return labels.astype(np.int64)
+    if values.dtype.kind == "f" and values.ndim >= 1:
+        return floats(values, where)
+    raise DataError(f"{where}: targets of type {values.dtype}, expected integers (classes) or floats (values)")
+
+
+def floats(values: NDArray[Any], where: str) -> NDArray[np.float32]:
+    """`values` as float32, refused where one is not finite."""
+    with np.errstate(over="ignore"):
+        result = values.astype(np.float32, copy=False)
+    for start in range(0, len(result), _CHUNK):
+        bad = np.argwhere(~np.isfinite(result[start : start + _CHUNK]))
+        if len(bad):
+            bad[0][0] += start
+            value = values[tuple(bad[0])]
+            raise DataError(f"{where}: {value} at index {tuple(map(int, bad[0]))}; values must be finite in float32")
+    return result
+
+
+def tensor(values: NDArray[Any]) -> Tensor:
+    """`values` as a tensor, shared where torch can share it."""
+    native = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("="))
+    return torch.from_numpy(native if native.flags.writeable else native.copy())
+
+
+def check_splits(train: tuple[NDArray[Any], NDArray[Any]], test: tuple[NDArray[Any], NDArray[Any]], where: str) -> None:
+    """Refuse splits that are empty, uneven or unlike each other."""
+    for name, (inputs, labels) in (("train", train), ("test", test)):
+        if len(inputs) != len(labels):
+            raise DataError(f"{where}: the {name} split has {len(inputs)} inputs and {len(labels)} targets")
+        if not inputs.size:
+            raise DataError(f"{where}: the {name} split is empty")
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise DataError(f"{where}: train inputs have shape {train[0].shape[1:]}, test inputs {test[0].shape[1:]}")
+    if train[0].dtype != test[0].dtype:
+        raise DataError(f"{where}: train inputs are {train[0].dtype}, test inputs {test[0].dtype}")
+    if train[1].dtype != test[1].dtype or train[1].shape[1:] != test[1].shape[1:]:
+        kinds = " and ".join(f"{y.dtype} {y.shape[1:]}" for _, y in (train, test))
+        raise DataError(f"{where}: train and test targets are unlike: {kinds}")

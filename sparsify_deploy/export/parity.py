@@ -1,0 +1,60 @@
+"""How far two sets of outputs of one network are apart; numpy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sparsify_deploy.errors import ModelError
+
+if TYPE_CHECKING:
+    from sparsify_deploy.types import Arrays
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The worst over all outputs.
+
+    `max_relative` is the largest difference over the largest magnitude of the reference, output by output.
+    `top1_agreement` is the share of equal arg-max answers over the last axis, None where no output has one of
+    two or more; `examples` is the length of axis 0.
+    """
+
+    max_absolute: float
+    max_relative: float
+    top1_agreement: float | None
+    examples: int
+
+
+def compare(reference: Arrays, other: Arrays) -> Parity:
+    """Compare outputs by name, computed in float64.
+
+    Raises:
+        ModelError: names or shapes differ, there is nothing to compare, or a value is not finite.
+    """
+    if set(reference) != set(other):
+        raise ModelError(f"outputs differ: {', '.join(sorted(reference))} against {', '.join(sorted(other))}")
+    absolute = relative = 0.0
+    equal: list[float] = []
+    sizes: set[int] = set()
+    for name, expected in reference.items():
+        found = other[name]
+        if expected.shape != found.shape:
+            raise ModelError(f"output {name!r} has shape {found.shape}, not {expected.shape}")
+        if not expected.size:
+            raise ModelError(f"output {name!r} is empty: nothing to compare")
+        a, b = expected.astype(np.float64), found.astype(np.float64)
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise ModelError(f"output {name!r} holds values that are not finite")
+        difference = float(np.abs(a - b).max())
+        largest = float(np.abs(a).max())
+        absolute = max(absolute, difference)
+        relative = max(relative, difference / largest if largest else (np.inf if difference else 0.0))
+        if a.ndim >= 2 and a.shape[-1] >= 2:
+            equal.append(float((a.argmax(-1) == b.argmax(-1)).mean()))
+        sizes.add(a.shape[0] if a.ndim else 1)
+    if not sizes:
+        raise ModelError("there is no output to compare")
+    return Parity(absolute, relative, min(equal, default=None), min(sizes))

@@ -1,0 +1,48 @@
+"""Which layers hardware could run 2:4 sparse: three questions that are never mixed. The rules stand here alone.
+
+Shapes are `(K, C / groups, *kernel)`. The fourth word, what the builder picked, is the engine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Yes or no, and one line saying why, with the numbers."""
+
+    ok: bool
+    reason: str
+
+
+def pattern_possible(shape: Sequence[int], groups: int, m: int) -> Answer:
+    """TensorRT's documented need: ungrouped, and the input channels divide into groups of `m`."""
+    channels = shape[1]
+    if groups != 1:
+        return Answer(False, f"grouped convolution ({groups} groups): sparse kernels take ungrouped ones only")
+    if channels % m:
+        return Answer(False, f"C_in {channels} is not a multiple of {m}")
+    return Answer(True, f"C_in {channels} is a multiple of {m}")
+
+
+def rule_of_thumb(shape: Sequence[int], groups: int, m: int) -> Answer:
+    """The pattern is possible, K % 8 == 0 and C % 16 == 0, as NVIDIA's ASP and modelopt choose layers."""
+    possible = pattern_possible(shape, groups, m)
+    if not possible.ok:
+        return possible
+    outputs, channels = shape[0], shape[1]
+    if outputs % 8:
+        return Answer(False, f"C_out {outputs} is not a multiple of 8")
+    if channels % 16:
+        return Answer(False, f"C_in {channels} is not a multiple of 16")
+    return Answer(True, f"C_out {outputs} is a multiple of 8 and C_in {channels} of 16")
+
+
+def int8_advice(shape: Sequence[int]) -> Answer:
+    """Whether C fills the 32-channel halves of the sparse INT8 MMA (k = 64): our inference, hence "may"."""
+    channels = shape[1]
+    if channels % 32:
+        return Answer(False, f"C_in {channels} is not a multiple of 32: the sparse INT8 kernel may not be picked")
+    return Answer(True, f"C_in {channels} is a multiple of 32")

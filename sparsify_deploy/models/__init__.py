@@ -1,0 +1,1 @@
+"""Where a network comes from: one file a source."""

@@ -1,0 +1,36 @@
+"""What the `Params` of every menu entry and every section of a recipe share: strictness, and paths by content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+
+
+class Params(BaseModel):
+    """Frozen settings in which an unknown key, NaN and a value of another type are mistakes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class GivenHere(str):
+    """Text from `--set`: a relative path in it starts at the working directory, not at the recipe's folder."""
+
+    __slots__ = ()
+
+
+def _path(value: object, info: ValidationInfo) -> object:
+    if not isinstance(value, str):
+        return value
+    base = Path.cwd() if isinstance(value, GivenHere) else Path((info.context or {}).get("folder", "."))
+    return base / Path(value).expanduser()
+
+
+InputPath = Annotated[Path, BeforeValidator(_path)]
+"""A file or folder that is read. Relative paths start at the recipe's folder; its content, not its name, enters
+the fingerprint of a stage."""
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]

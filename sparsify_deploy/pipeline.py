@@ -1,0 +1,150 @@
+"""The run-or-skip loop over a plan: what is cached is not run again, what is run is committed or not there at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsify_deploy.artifacts.environment import fact
+from sparsify_deploy.artifacts.fingerprint import canonical, file_digest
+from sparsify_deploy.artifacts.store import ArtifactStore, Record, explained
+from sparsify_deploy.errors import DataError, EnvironmentProblem, Interrupted, UsageError
+from sparsify_deploy.menu import did_you_mean
+from sparsify_deploy.plan import Plan, PlannedStep
+from sparsify_deploy.types import Context, Json
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where one step stands: `cached`, `partial` (begun, not finished), `to run`, `follows` (an input is not there)."""
+
+    step: PlannedStep
+    state: str
+    why: str
+    record: Record | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One step of a finished run."""
+
+    step: PlannedStep
+    record: Record
+    ran: bool
+    why: str
+
+
+class Fingerprints:
+    """The parts of a step's fingerprint. File digests are taken once for all steps of a run."""
+
+    def __init__(self) -> None:
+        self._digests: dict[Path, str] = {}
+
+    def parts(self, step: PlannedStep, records: Mapping[str, Record]) -> dict[str, Json]:
+        """Everything that may change the result, in named parts; `records` holds the steps it takes inputs from."""
+        stage = step.stage
+        settings = canonical(stage)
+        return {
+            "stage": stage.name,
+            "version": stage.version,
+            "methods": dict(sorted(stage.methods().items())),
+            "settings": settings,
+            "inputs": {name: records[ref.step].digests[ref.output] for name, ref in sorted(step.inputs.items())},
+            "files": {name: self._digest(name, path) for name, path in sorted(stage.files().items())},
+            "environment": {name: fact(name) for name in sorted(stage.environment)},
+        }
+
+    def _digest(self, name: str, path: Path) -> str:
+        if path not in self._digests:
+            try:
+                self._digests[path] = file_digest(path)
+            except FileNotFoundError as error:
+                raise DataError(f"{name}: {path} does not exist; correct the path in the recipe") from error
+            except OSError as error:
+                raise DataError(f"{name}: {path} cannot be read: {error.strerror}") from error
+        return self._digests[path]
+
+
+def survey(plan: Plan, store: ArtifactStore) -> list[Status]:
+    """Where every step stands, without running any."""
+    prints = Fingerprints()
+    records: dict[str, Record] = {}
+    found = []
+    for step in plan.steps:
+        waits = [ref.step for ref in step.inputs.values() if ref.step not in records]
+        if waits:
+            found.append(Status(step, "follows", f"after {', '.join(dict.fromkeys(waits))}", None))
+            continue
+        parts = prints.parts(step, records)
+        if (record := store.find(step.stage.name, parts)) is not None:
+            records[step.id] = record
+            found.append(Status(step, "cached", "", record))
+        else:
+            state = "partial" if store.begun(step.stage.name, parts) else "to run"
+            found.append(Status(step, state, store.reason(step.id, parts), None))
+    return found
+
+
+def selected(plan: Plan, name: str) -> tuple[str, ...]:
+    """The ids of the steps `name` means; `UsageError` where it means none."""
+    if not (ids := plan.select(name)):
+        known = sorted({s.id for s in plan.steps} | {s.stage.name for s in plan.steps})
+        raise UsageError(f"this recipe has no stage {name!r}{did_you_mean(name, known)}")
+    return ids
+
+
+def run(
+    plan: Plan,
+    store: ArtifactStore,
+    context: Context,
+    *,
+    again: Sequence[str] = (),
+    start: str | None = None,
+    until: str | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Outcome]:
+    """Bring every step up to date, in order.
+
+    `again` runs these stages although they are cached, `start` that stage and all after it; what follows a stage runs
+    again only if its input changed. `until` ends after the last step of that stage. A failing step is not committed.
+    """
+    order = [step.id for step in plan.steps]
+    anew = {identifier for name in again for identifier in selected(plan, name)}
+    if start is not None:
+        anew |= set(order[order.index(selected(plan, start)[0]) :])
+    last = order.index(selected(plan, until)[-1]) if until is not None else len(order) - 1
+    prints, records, outcomes = Fingerprints(), dict[str, Record](), list[Outcome]()
+    checked = False
+    for step in plan.steps[: last + 1]:
+        parts = prints.parts(step, records)
+        record = None if step.id in anew else store.find(step.stage.name, parts)
+        why = ""
+        if record is None:
+            if not checked:
+                check_environment(plan.steps[order.index(step.id) : last + 1])
+                checked = True
+            why = "asked for" if step.id in anew else store.reason(step.id, parts)
+            if step.id in anew and not store.begun(step.stage.name, parts):
+                store.discard(step.stage.name, parts)
+            if context.stop_requested():
+                raise Interrupted(f"stopped before {step.id}; the same command goes on from here")
+            context.progress.say(f"{step.id}: {why}")
+            out, began = store.begin(step.stage.name, parts), clock()
+            inputs = {name: records[ref.step].outputs[ref.output] for name, ref in step.inputs.items()}
+            with explained(out):
+                facts = step.stage.run(inputs, out, context)
+            record = store.commit(step.stage.name, parts, step.stage.outputs, facts, clock() - began)
+        ran = bool(why)
+        store.remember(step.id, parts)
+        records[step.id] = record
+        outcomes.append(Outcome(step, record, ran, why))
+    return outcomes
+
+
+def check_environment(steps: Sequence[PlannedStep]) -> None:
+    """Before anything runs: name all that this machine lacks for these steps, one line each."""
+    unmet = dict.fromkeys(line for step in steps for line in step.stage.unmet())
+    if unmet:
+        raise EnvironmentProblem("\n".join(unmet))

@@ -1,0 +1,161 @@
+"""A recipe becomes a plan: a small graph of stages in two branches, `dense` and `sparse`, and their race at the end.
+
+Inside a branch the order is a line and later outputs replace earlier ones of the same logical name, so every stage
+is optional without wiring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sparsify_deploy.recipe import NM, Quantize, Recipe
+from sparsify_deploy.stages.base import Stage
+from sparsify_deploy.stages.benchmark import BenchmarkEngines, Variant
+from sparsify_deploy.stages.build_engine import BuildEngine
+from sparsify_deploy.stages.export_onnx import ExportOnnx
+from sparsify_deploy.stages.fitting import Fit, hold
+from sparsify_deploy.stages.init_mask import InitMask
+from sparsify_deploy.stages.measure import Measure
+from sparsify_deploy.stages.project_nm import ProjectNM
+from sparsify_deploy.stages.quantize import Quantize as QuantizeStage
+from sparsify_deploy.stages.subject import Subject
+from sparsify_deploy.stages.train import Train
+
+
+@dataclass(frozen=True)
+class Ref:
+    """An output of an earlier step."""
+
+    step: str
+    output: str
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One stage in its place: `id` is `branch/stage`, `inputs` are wired, `label` names the model it leaves."""
+
+    id: str
+    stage: Stage
+    inputs: Mapping[str, Ref]
+    label: str = ""
+
+
+@dataclass
+class _Branch:
+    """A line of steps while it is being planned; `at_hand` is the latest step for each logical name."""
+
+    name: str
+    subject: Subject
+    recipe: Recipe
+    steps: list[PlannedStep] = field(default_factory=list)
+    at_hand: dict[str, Ref] = field(default_factory=dict)
+    rows: list[PlannedStep] = field(default_factory=list)
+
+    def add(self, stage: Stage, step: str | None = None, label: str = "") -> PlannedStep:
+        identifier = f"{self.name}/{step or stage.name}"
+        wired = {name: self.at_hand[name] for name in stage.inputs if name in self.at_hand}
+        planned = PlannedStep(identifier, stage, wired, label)
+        self.steps.append(planned)
+        self.at_hand |= {name: Ref(identifier, name) for name in stage.outputs}
+        return planned
+
+    def measure(self, after: str, label: str, nm: NM | None, quantize: Quantize | None) -> None:
+        first = self.recipe.deploy[0] if self.recipe.deploy else None
+        stage = Measure(
+            subject=self.subject,
+            export=self.recipe.export,
+            quantize=quantize,
+            nm=nm,
+            sparsity=self.recipe.sparsity if self.name == "sparse" else None,
+            runtime=first.runtime if first else None,
+            params=first.params if first else None,
+            benchmark=self.recipe.benchmark,
+        )
+        self.rows.append(self.add(stage, f"{after}.report", label))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps in the order they run; the ids of the steps whose reports are the rows of the waterfall."""
+
+    recipe: Recipe
+    subject: Subject
+    steps: tuple[PlannedStep, ...]
+    rows: tuple[str, ...]
+
+    def select(self, name: str) -> tuple[str, ...]:
+        """The ids a user means by `name`: one step's id, or all steps of a stage."""
+        return tuple(s.id for s in self.steps if name in (s.id, s.stage.name, s.id.partition("/")[2]))
+
+
+def plan(recipe: Recipe) -> Plan:
+    """The steps of a recipe. Reads no file and imports no torch."""
+    subject = Subject(recipe.model, recipe.data, recipe.task, recipe.seed)
+    branches = [_branch(recipe, subject, "dense")] if recipe.dense_branch or not _is_sparse(recipe) else []
+    if _is_sparse(recipe):
+        branches.append(_branch(recipe, subject, "sparse"))
+    steps = [step for branch in branches for step in branch.steps]
+    rows = [row for branch in branches for row in branch.rows]
+    if recipe.deploy:
+        steps += [_race(recipe, subject, branches, target.runtime, i) for i, target in enumerate(recipe.deploy)]
+    return Plan(recipe, subject, tuple(steps), tuple(row.id for row in rows))
+
+
+def _is_sparse(recipe: Recipe) -> bool:
+    return recipe.init is not None or recipe.nm is not None
+
+
+def _branch(recipe: Recipe, subject: Subject, name: str) -> _Branch:
+    """One branch; the dense one gets the same optimizer steps, folding, quantizers and calibration data."""
+    sparse = name == "sparse"
+    branch = _Branch(name, subject, recipe)
+    batch_size = recipe.training.batch_size if recipe.training else 64
+    nm = recipe.nm if sparse else None
+    pattern = nm.pattern if nm else ""
+    if sparse and recipe.init is not None and recipe.sparsity is not None:
+        branch.add(InitMask(subject, recipe.init, recipe.sparsity, batch_size))
+    if recipe.train is not None:
+        settings = recipe.training_for(recipe.train.training)
+        fit = Fit(recipe.train.method, recipe.train.params, settings, stream=0) if sparse else hold(False, settings, 0)
+        branch.add(Train(subject, fit))
+        if fit.method != "dense":
+            branch.measure("train", "sparse FP32", None, None)
+        elif not sparse or not recipe.dense_branch:  # else it is the dense branch's own model, measured there
+            branch.measure("train", "dense FP32", None, None)
+    elif not sparse:
+        branch.measure("model", "dense FP32", None, None)
+    if recipe.nm is not None:
+        training = recipe.training_for(recipe.nm.fine_tune) if recipe.nm.fine_tune else None
+        if nm is not None:
+            branch.add(ProjectNM(subject, nm, training, batch_size))
+            branch.measure("project_nm", f"{pattern} FP32", nm, None)
+        elif training is not None:
+            branch.add(Train(subject, hold(False, training, stream=1)), "fine_tune")
+            branch.measure("fine_tune", "dense FP32, fine-tuned", None, None)
+    if recipe.quantize is not None:
+        training = recipe.training_for(recipe.quantize.qat) if recipe.quantize.qat else None
+        branch.add(QuantizeStage(subject, recipe.quantize, training, batch_size))
+        branch.measure("quantize", f"{pattern or name} INT8", nm, recipe.quantize)
+    if recipe.deploy:
+        branch.add(ExportOnnx(subject, recipe.export, recipe.quantize, nm))
+        for target in recipe.deploy:
+            stage = BuildEngine(subject, target.runtime, target.params, batch_size)
+            branch.add(stage, f"build_engine.{target.runtime}")
+    return branch
+
+
+def _race(recipe: Recipe, subject: Subject, branches: list[_Branch], runtime: str, index: int) -> PlannedStep:
+    """The benchmark of one runtime: every model of the waterfall on the first one, the final engines on the others."""
+    variants: list[Variant] = []
+    inputs: dict[str, Ref] = {}
+    for branch in branches:
+        engine = f"{branch.name}_engine"
+        inputs[engine] = Ref(f"{branch.name}/build_engine.{runtime}", "engine")
+        rows = branch.rows if index == 0 else [row for row in branch.rows if row.label == "dense FP32"]
+        for row in rows[:-1] if rows is branch.rows else rows:
+            variants.append(Variant(row.label, row.id, "onnx"))
+            inputs[row.id] = Ref(row.id, "measured_onnx")
+        variants.append(Variant(branch.rows[-1].label if branch.rows else branch.name, engine, "engine"))
+    stage = BenchmarkEngines(subject, runtime, recipe.deploy[index].params, recipe.benchmark, tuple(variants))
+    return PlannedStep(f"benchmark/{runtime}", stage, inputs)

@@ -1,0 +1,1 @@
+"""BatchNorm folding, INT8 placement and calibration."""

@@ -1,0 +1,253 @@
+"""INT8 fake quantisation with nvidia-modelopt; the only module that imports it.
+
+Weights are symmetric INT8 per output channel (axis 0), activations symmetric INT8 per tensor, ranges by absolute
+maximum. Ranges are fixed at calibration; quantisation-aware training moves the weights under them. Where the identity
+branch of a residual add also feeds a convolution, the two quantizers on that value see the same maximum, hence hold
+the same scale, and an engine can merge them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import importlib
+import io
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsify_deploy.errors import MissingExtra, ModelError
+from sparsify_deploy.quantization import placement
+from sparsify_deploy.quantization.folding import fold_batchnorm
+from sparsify_deploy.quantization.placement import Residual, Row
+from sparsify_deploy.quantization.table import check_patterns, layer_rows, unquantised_rows
+from sparsify_deploy.types import outputs_of
+
+if TYPE_CHECKING:
+    from sparsify_deploy.types import Batch
+
+
+@dataclass(frozen=True)
+class Int8Settings:
+    """What shapes the quantised network. `keep_float`: shell patterns over the names in the placement table."""
+
+    keep_float: tuple[str, ...] = ()
+    residual: bool = True
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A folded network with quantizers, and why each layer has or lacks one."""
+
+    module: fx.GraphModule
+    placement: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate_` did. `dead_channels`: layer to the number of output channels whose weights are all zero."""
+
+    batches: int
+    quantizers: int
+    dead_channels: Mapping[str, int]
+
+
+def prepare(model: nn.Module, settings: Int8Settings) -> Quantized:
+    """A copy of `model` with BatchNorm folded and quantizers inserted, not calibrated, in eval mode.
+
+    The same model and settings give the same module names, so that `load_` can fill it on another day. Parameter
+    names are those of `model`.
+
+    Raises:
+        ModelError: the network cannot be traced, a pattern of `keep_float` matches nothing, or nothing is left to
+            quantise.
+        MissingExtra: nvidia-modelopt is not installed.
+    """
+    mtq = _modelopt()
+    module = fold_batchnorm(model)
+    _disable_fast_paths_(module)
+    rows = {row.name: row for row in layer_rows(module, settings.keep_float, _default_patterns())}
+    chosen = [name for name, row in rows.items() if row.quantised]
+    adds = placement.residuals(module, chosen)
+    check_patterns(settings.keep_float, [*rows, *(add.name for add in adds)])
+    if not chosen:
+        raise ModelError("no Conv or Linear layer is left to quantise: drop the quantize section or keep_float")
+    with _quiet():
+        mtq.quantize(module, _config(chosen), None)
+    for name in chosen:
+        if not hasattr(module.get_submodule(name), "weight_quantizer"):
+            kind = rows[name].kind
+            raise ModelError(f"{name}: nvidia-modelopt cannot quantise a {kind}; add it to quantize.keep_float")
+    for add in adds:
+        rows[add.name] = _place_residual_(module, add, settings)
+    module.graph.lint()
+    module.recompile()
+    return Quantized(module, (*rows.values(), *unquantised_rows(module)))
+
+
+def calibrate_(quantized: Quantized, batches: Iterable[Batch], inputs: Sequence[str]) -> Calibration:
+    """Set every range to the largest magnitude seen over `batches`, moved to the module's device.
+
+    An output channel without a weight has no range: it gets the smallest one of its layer (1 if the whole layer is
+    empty), for a scale must be above 0; its zeros stay zeros.
+
+    Raises:
+        ModelError: there is no batch, or a quantizer saw nothing, only zeros, or values that are not finite.
+    """
+    module = quantized.module
+    device = next(module.parameters()).device
+    count = 0
+
+    def run(model: nn.Module) -> None:
+        nonlocal count
+        for batch in batches:
+            outputs_of(model, {name: batch[name].to(device) for name in inputs}, inputs)
+            count += 1
+
+    with _quiet(), torch.no_grad(), _finite(module):
+        _modelopt().calibrate(module, algorithm="max", forward_loop=run)
+    if not count:
+        raise ModelError("calibration got no batch")
+    dead = {}
+    for name, quantizer in _quantizers(module):
+        if quantizer.amax is None:
+            raise ModelError(f"{name}: no calibration batch reached it; keep its layer in float with keep_float")
+        if name.endswith("weight_quantizer") and (zeros := _fill_dead_(quantizer.amax)):
+            dead[name.removesuffix(".weight_quantizer")] = zeros
+        if not bool((quantizer.amax > 0).all()):
+            raise ModelError(f"{name}: saw only zeros during calibration; is the layer before it wholly pruned?")
+    return Calibration(count, sum(1 for _ in _quantizers(module)), dead)
+
+
+def state(quantized: Quantized) -> dict[str, Tensor]:
+    """Weights, biases, buffers and ranges on the CPU, by name; what `load_` takes."""
+    return {name: value.detach().cpu().contiguous().clone() for name, value in quantized.module.state_dict().items()}
+
+
+def load_(quantized: Quantized, state: Mapping[str, Tensor]) -> None:
+    """Fill a module fresh from `prepare`, with the same model and settings, with what `state` returned.
+
+    Raises:
+        ModelError: names or shapes differ, so the model or its settings are not the same.
+    """
+    module = quantized.module
+    ranges = {f"{name}._amax": quantizer for name, quantizer in _quantizers(module)}
+    expected = {*module.state_dict(), *ranges}
+    if odd := sorted(expected ^ set(state)):
+        which = "lack" if odd[0] in expected else "also hold"
+        raise ModelError(f"the quantised weights {which} {odd[0]!r}: they belong to another model or other settings")
+    for name, value in state.items():
+        if name in ranges:
+            continue
+        own = module.state_dict()[name]
+        if own.shape != value.shape:
+            raise ModelError(f"the quantised weights have {name!r} {tuple(value.shape)}, the model {tuple(own.shape)}")
+    device = next(module.parameters()).device
+    for name, quantizer in ranges.items():
+        quantizer.amax = state[name].to(device)  # a quantizer has no such buffer before it is calibrated
+    module.load_state_dict(dict(state), strict=True)
+
+
+def _place_residual_(module: fx.GraphModule, add: Residual, settings: Int8Settings) -> Row:
+    kept = next((pattern for pattern in settings.keep_float if fnmatch.fnmatchcase(add.name, pattern)), None)
+    if kept is not None:
+        return Row(add.name, "residual add", False, f"float: keep_float {kept!r}")
+    if not settings.residual:
+        return Row(add.name, "residual add", False, "float: quantize.residual is false")
+    tensor_quantizer = importlib.import_module("modelopt.torch.quantization.nn").TensorQuantizer
+    attributes = importlib.import_module("modelopt.torch.quantization.config").QuantizerAttributeConfig
+    for side in add.sides:
+        placement.insert_(module, add, side, tensor_quantizer(attributes(num_bits=8, axis=None)))
+    return Row(add.name, "residual add", bool(add.sides), add.rule)
+
+
+def _config(chosen: Sequence[str]) -> dict[str, Any]:
+    """modelopt's list of rules: everything off, then the chosen layers by name."""
+    rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for name in chosen:
+        rules.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}})
+        rules.append({"quantizer_name": f"{name}.input_quantizer", "cfg": {"num_bits": 8, "axis": None}})
+    return {"quant_cfg": rules, "algorithm": None}
+
+
+@cache
+def _default_patterns() -> tuple[str, ...]:
+    """Names that modelopt's own INT8 configuration leaves in float, such as `output.*` and `*lm_head*`."""
+    entries = _modelopt().INT8_DEFAULT_CFG["quant_cfg"]
+    off = [e for e in entries if e.get("enable") is False and e.get("parent_class") is None]
+    return tuple(e["quantizer_name"] for e in off if e["quantizer_name"] != "*")
+
+
+def _disable_fast_paths_(module: nn.Module) -> None:
+    """Keep nn.TransformerEncoderLayer off the fused kernel that reads weights past the quantizers in eval mode.
+
+    Set on the copy's layers rather than through torch.backends.mha, so that evaluation and export see it too.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.TransformerEncoderLayer):
+            child.activation_relu_or_gelu = 0
+        if isinstance(child, nn.TransformerEncoder):
+            child.use_nested_tensor = False
+
+
+def _quantizers(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every enabled quantizer, by name."""
+    kind = importlib.import_module("modelopt.torch.quantization.nn").TensorQuantizer
+    for name, child in module.named_modules():
+        if isinstance(child, kind) and child.is_enabled:
+            yield name, child
+
+
+def _fill_dead_(amax: Tensor) -> int:
+    """Give channels without a range the smallest range of the layer; how many there were."""
+    dead = amax == 0
+    if bool(dead.any()):
+        amax[dead] = 1.0 if bool(dead.all()) else amax[~dead].min()
+    return int(dead.sum())
+
+
+@contextlib.contextmanager
+def _finite(module: nn.Module) -> Iterator[None]:
+    """Stop at the first quantizer that meets NaN or infinity, by name: modelopt's own check has none."""
+    for name, parameter in module.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ModelError(f"{name}: holds values that are not finite")
+
+    def check(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            if not bool(arguments[0].isfinite().all()):
+                raise ModelError(f"{name}: met values that are not finite during calibration")
+
+        return hook
+
+    handles = [quantizer.register_forward_pre_hook(check(name)) for name, quantizer in _quantizers(module)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """modelopt prints what it inserted, and warns of packages and features that play no part here."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message="Cannot find transformers package", category=UserWarning)
+        yield
+
+
+@cache
+def _modelopt() -> Any:
+    try:
+        with _quiet():
+            return importlib.import_module("modelopt.torch.quantization")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        names = {"modelopt": "nvidia-modelopt"}
+        raise MissingExtra(names.get(package, package), "train", "INT8 quantisation") from error

@@ -1,0 +1,312 @@
+"""The whole YAML schema of a recipe, as frozen pydantic models.
+
+`recipe_source.load` reads a file into a `Recipe`. A section of a menu (a model source, a criterion, a training
+method, a runtime...) names its entry and hands `params:` to that entry's own `Params`. Nothing here imports
+torch or numpy: a recipe is judged on a machine that has neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
+
+from sparsify_deploy import menu
+from sparsify_deploy.params import Fraction, InputPath, NonNegative, Positive
+from sparsify_deploy.params import Params as Section
+from sparsify_deploy.training.settings import Training, TrainingOverride
+
+SCHEMA_VERSION = 1
+
+
+class NotGiven(Section):
+    """Stands for the `params` of a menu section until its entry's own `Params` takes their place."""
+
+
+def _entry(which: str) -> Callable[[str], str]:
+    def check(name: str) -> str:
+        if name not in menu.names(which):
+            raise ValueError(f"unknown name {name!r}{menu.did_you_mean(name, menu.names(which))}")
+        return name
+
+    return check
+
+
+def _typed_params(which: str, key: str, value: Any, info: ValidationInfo) -> Section:
+    name = info.data.get(key)
+    if name is None:  # the name is already reported as a mistake
+        return NotGiven()
+    params: type[Section] = menu.entry(which, name).Params
+    if isinstance(value, params):
+        return value
+    if isinstance(value, NotGiven):
+        value = None
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError("expected a mapping of parameters")
+    return params.model_validate(value or {}, context=info.context)
+
+
+ParamsOf = SerializeAsAny[Section]
+"""The validated `Params` of the menu entry named beside it."""
+
+
+class Model(Section):
+    """Where the network comes from, and a checkpoint to start from."""
+
+    source: str = Field("builtin", description="a model source, see `sparsify-deploy list models`")
+    params: ParamsOf = Field(default_factory=NotGiven, description="the source's own parameters")
+    checkpoint: InputPath | None = Field(
+        None, description="weights to start from: .safetensors, or .pt read with weights_only"
+    )
+    _known = field_validator("source")(_entry("models"))
+
+    @field_validator("params", mode="before")
+    @classmethod
+    def _params(cls, value: Any, info: ValidationInfo) -> Section:
+        return _typed_params("models", "source", value, info)
+
+
+class Data(Section):
+    """Where the examples come from."""
+
+    source: str = Field("digits", description="a data set source, see `sparsify-deploy list datasets`")
+    params: ParamsOf = Field(default_factory=NotGiven, description="the source's own parameters")
+    augment: tuple[Literal["crop", "flip"], ...] = Field(
+        (), strict=False, description="for images while training: crop pads by an eighth and crops at random"
+    )
+    _known = field_validator("source")(_entry("datasets"))
+
+    @field_validator("params", mode="before")
+    @classmethod
+    def _params(cls, value: Any, info: ValidationInfo) -> Section:
+        return _typed_params("datasets", "source", value, info)
+
+
+class TaskSection(Section):
+    """What the model is for: loss and metrics."""
+
+    name: str = "classification"
+    params: ParamsOf = Field(default_factory=NotGiven)
+    _known = field_validator("name")(_entry("tasks"))
+
+    @field_validator("params", mode="before")
+    @classmethod
+    def _params(cls, value: Any, info: ValidationInfo) -> Section:
+        return _typed_params("tasks", "name", value, info)
+
+
+Patterns = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class Init(Section):
+    """A mask before training, at the recipe's `sparsity`."""
+
+    criterion: str = "synflow"
+    params: ParamsOf = Field(default_factory=NotGiven)
+    allocation: Literal["global", "uniform", "erk"] = Field(
+        "global", description="how the density is shared out over layers"
+    )
+    keep_dense: Patterns = Field((), description="layers left dense, shell patterns over module names")
+    batches: int = Field(1, ge=1, description="training batches a data-driven criterion sees")
+    _known = field_validator("criterion")(_entry("criteria"))
+
+    @field_validator("params", mode="before")
+    @classmethod
+    def _params(cls, value: Any, info: ValidationInfo) -> Section:
+        return _typed_params("criteria", "criterion", value, info)
+
+
+class Train(Section):
+    """Training with a dense, fixed or moving mask."""
+
+    method: str = "rigl"
+    params: ParamsOf = Field(default_factory=NotGiven)
+    training: TrainingOverride = TrainingOverride()
+    _known = field_validator("method")(_entry("methods"))
+
+    @field_validator("params", mode="before")
+    @classmethod
+    def _params(cls, value: Any, info: ValidationInfo) -> Section:
+        return _typed_params("methods", "method", value, info)
+
+
+class NM(Section):
+    """N:M projection along input channels, then fine-tuning with the mask held."""
+
+    pattern: str = Field("2:4", pattern=r"^[1-9][0-9]?:[1-9][0-9]?$", description="N:M, N of every M kept, M <= 16")
+    fill: bool = Field(True, description="grow every group back to N weights where the sparse mask left fewer")
+    fill_batches: int = Field(8, ge=1, description="batches whose dense gradient chooses the refilled positions")
+    layers: Literal["rule_of_thumb", "pattern_possible"] = Field(
+        "rule_of_thumb", description="rule_of_thumb: K % 8 and C % 16 as ASP; pattern_possible: C % M"
+    )
+    keep_dense: Patterns = Field((), description="layers never projected, shell patterns over module names")
+    fine_tune: TrainingOverride | None = Field(None, description="none: project only")
+
+    @field_validator("pattern")
+    @classmethod
+    def _n_below_m(cls, value: str) -> str:
+        n, m = map(int, value.split(":"))
+        if not (n < m <= 16):
+            raise ValueError("N must be below M and M at most 16, as in 2:4")
+        return value
+
+    @property
+    def nm(self) -> tuple[int, int]:
+        """N and M."""
+        n, m = map(int, self.pattern.split(":"))
+        return n, m
+
+
+class Quantize(Section):
+    """INT8 with calibration, and quantisation-aware training with the mask held."""
+
+    calibration_batches: int = Field(8, ge=1)
+    keep_float: Patterns = Field((), description="layers left in float, shell patterns over module names")
+    residual: bool = Field(
+        True, description="Q/DQ on the identity branch of residual adds, so that they fuse into INT8"
+    )
+    qat: TrainingOverride | None = Field(None, description="none: post-training quantisation only")
+
+
+class Export(Section):
+    """The ONNX file."""
+
+    opset: int = Field(17, ge=13, le=20)
+    int8_weights: bool = Field(
+        True, description="store INT8 weights as integers, a quarter of the bytes; false for TensorRT before 10"
+    )
+    dynamic_batch: bool = Field(True, description="false: the batch size is fixed at 1")
+    parity_examples: int = Field(256, ge=1, description="test examples compared between torch and the ONNX file")
+    min_top1_agreement: Fraction = Field(0.995, description="INT8: least share of equal top-1 answers")
+    max_relative_difference: Positive = Field(1e-4, description="FP32: largest difference over the largest output")
+
+
+class Target(Section):
+    """One engine to build."""
+
+    runtime: str
+    params: ParamsOf = Field(default_factory=NotGiven)
+    _known = field_validator("runtime")(_entry("runtimes"))
+
+    @field_validator("params", mode="before")
+    @classmethod
+    def _params(cls, value: Any, info: ValidationInfo) -> Section:
+        return _typed_params("runtimes", "runtime", value, info)
+
+
+class Benchmark(Section):
+    """How engines are timed: interleaved rounds, median ratio with a bootstrap interval, an A/A control."""
+
+    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)] = (1,)
+    rounds: int = Field(20, ge=5, description="interleaved rounds")
+    round_ms: Positive = Field(30.0, description="time spent on each variant in a round, ms")
+    warmup_ms: Positive = Field(200.0, description="warm-up of each variant, ms")
+    threads: int = Field(1, ge=1, description="CPU threads of the runtime while timing")
+
+
+class Gates(Section):
+    """What the run must reach; a gate not met is exit code 4, artifacts kept."""
+
+    metric: str | None = Field(None, description="the task's metric for max_drop; none: its first")
+    max_drop: NonNegative | None = Field(
+        None, description="largest loss in the metric against the dense FP32 model, in the metric's own unit"
+    )
+    min_speedup: Positive | None = Field(None, description="least speed-up over the dense twin on the first runtime")
+    min_sparsity: Fraction | None = Field(None, description="least measured sparsity of the prunable weights")
+
+
+MENU_SECTIONS: Mapping[type[Section], tuple[str, str]] = {
+    Model: ("models", "source"),
+    Data: ("datasets", "source"),
+    TaskSection: ("tasks", "name"),
+    Init: ("criteria", "criterion"),
+    Train: ("methods", "method"),
+    Target: ("runtimes", "runtime"),
+}
+"""Sections that name an entry of a menu: the menu, and the field that holds the name; `params` are the entry's."""
+
+
+class Recipe(Section):
+    """One model's way from a network to an engine."""
+
+    version: Literal[1]
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="none: the file's name")
+    seed: int = Field(0, ge=0, lt=2**31)
+    threads: int | None = Field(None, ge=1, description="torch threads; none: all cores this process may use")
+    sparsity: Fraction | None = Field(None, description="share of the prunable weights dropped by init and train")
+    dense_branch: bool = Field(True, description="also train, quantise, build and time the dense twin")
+    store: InputPath | None = Field(None, description="an artifact store shared with other recipes")
+    model: Model
+    data: Data
+    task: TaskSection = Field(default_factory=TaskSection)
+    training: Training | None = None
+    init: Init | None = None
+    train: Train | None = None
+    nm: NM | None = None
+    quantize: Quantize | None = None
+    export: Export = Export()
+    deploy: Annotated[tuple[Target, ...], Field(strict=False)] = ()
+    benchmark: Benchmark = Benchmark()
+    gates: Gates = Gates()
+
+    def training_for(self, override: TrainingOverride) -> Training:
+        """The training defaults with one stage's override on top; `mistakes` has checked that it has a length."""
+        return override.over(self.training or Training(steps=1))
+
+
+Mistake = tuple[tuple[str | int, ...], str]
+"""The path of a field, and `what, what to do`."""
+
+
+def mistakes(recipe: Recipe) -> list[Mistake]:
+    """What no single section can see."""
+    return [*_training_mistakes(recipe), *_mask_mistakes(recipe), *_deploy_mistakes(recipe), *_gate_mistakes(recipe)]
+
+
+def _training_mistakes(recipe: Recipe) -> Iterator[Mistake]:
+    trained = [
+        (("train", "training"), recipe.train and recipe.train.training),
+        (("nm", "fine_tune"), recipe.nm and recipe.nm.fine_tune),
+        (("quantize", "qat"), recipe.quantize and recipe.quantize.qat),
+    ]
+    for path, override in trained:
+        if override and recipe.training is None and override.epochs is None and override.steps is None:
+            yield path, "has no length: give epochs or steps here or under training"
+
+
+def _mask_mistakes(recipe: Recipe) -> Iterator[Mistake]:
+    sparse = recipe.train is not None and recipe.train.method != "dense"
+    if recipe.sparsity is None and recipe.init is not None:
+        yield ("init",), "needs the share of weights to drop: give sparsity at the top, such as 0.8"
+    if recipe.sparsity is not None and recipe.init is None:
+        yield ("sparsity",), "has no effect without an init section: add one, or remove it"
+    if recipe.train is not None and sparse and recipe.init is None:
+        text = f"{recipe.train.method} needs a starting mask: add an init section (random with erk is RigL's own)"
+        yield ("train", "method"), text
+    if recipe.train is not None and not sparse and recipe.init is not None:
+        yield ("init",), "has no effect with train.method dense: remove one of the two"
+    if recipe.init is not None and recipe.train is None:
+        yield ("init",), "has no effect without a train section: add one, or remove it"
+
+
+def _deploy_mistakes(recipe: Recipe) -> Iterator[Mistake]:
+    names = [target.runtime for target in recipe.deploy]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            yield ("deploy", i, "runtime"), f"{name} is there twice: name each runtime once"
+    if not recipe.export.dynamic_batch and recipe.benchmark.batch_sizes != (1,):
+        yield ("benchmark", "batch_sizes"), "export.dynamic_batch false fixes the batch at 1: give [1]"
+
+
+def _gate_mistakes(recipe: Recipe) -> Iterator[Mistake]:
+    gates = recipe.gates
+    for gate in ("max_drop", "min_speedup"):
+        if getattr(gates, gate) is not None and not recipe.dense_branch:
+            yield ("gates", gate), "compares with the dense twin: set dense_branch true, or remove it"
+    if gates.min_speedup is not None and not recipe.deploy:
+        yield ("gates", "min_speedup"), "needs an engine that is timed: add a deploy section, or remove it"
+    metrics = menu.entry("tasks", recipe.task.name).create(recipe.task.params).metrics
+    if gates.metric is not None and gates.metric not in metrics:
+        hint = menu.did_you_mean(gates.metric, metrics)
+        yield ("gates", "metric"), f"{recipe.task.name} has no metric {gates.metric!r}{hint}"

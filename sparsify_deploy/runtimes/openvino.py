@@ -1,0 +1,190 @@
+"""OpenVINO on the CPU: the fastest way to run a Q/DQ file without a GPU.
+
+The engine is an OpenVINO IR (`.xml` with its `.bin` beside it), saved without compressing floats to FP16. Zeros make
+nothing faster here, 2:4 ones included. Reference: https://docs.openvino.ai
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sparsify_deploy.artifacts.fingerprint import file_digest
+from sparsify_deploy.errors import DataError, ModelError, RuntimeUnavailable
+from sparsify_deploy.params import Params as Base
+from sparsify_deploy.runtimes import _metadata, _packages, _tensors
+from sparsify_deploy.types import BuildNotes, IOTensor
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from numpy.typing import NDArray
+
+    from sparsify_deploy.types import Arrays
+
+VERSION = 1
+SUFFIX = ".xml"
+
+
+class Params(Base):
+    """`precision` is that of the layers without Q/DQ; bf16 needs a CPU that computes in it."""
+
+    precision: Literal["f32", "bf16"] = "f32"
+
+
+def version() -> str | None:
+    """OpenVINO's version, None where it is not installed."""
+    return _packages.version_of("openvino")
+
+
+def unavailable_reason() -> str | None:
+    """None where it can build here, else what to install."""
+    return _packages.missing("OpenVINO", "openvino", "cpu")
+
+
+def cannot_run_reason() -> str | None:
+    """The same as `unavailable_reason`: where OpenVINO is installed, so is its CPU plugin."""
+    return unavailable_reason()
+
+
+def build(onnx: Path, engine: Path, params: Params, /) -> BuildNotes:
+    """Convert an ONNX file to an IR. Raises ModelError naming what OpenVINO cannot convert."""
+    from sparsify_deploy.graph.file import load
+
+    load(onnx)
+    openvino = _package()
+    started = time.perf_counter()
+    weights = engine.with_suffix(".bin")
+    with tempfile.TemporaryDirectory(dir=engine.parent, prefix=".openvino-") as folder:
+        partial = Path(folder, engine.name)
+        try:
+            model = openvino.Core().read_model(onnx)
+            openvino.save_model(model, partial, compress_to_fp16=False)
+        except RuntimeError as error:
+            raise ModelError(f"{onnx}: OpenVINO cannot convert it: {_one_line(error)}") from None
+        os.replace(partial.with_suffix(".bin"), weights)
+        os.replace(partial, engine)
+    lacking = _precision_reason(openvino, params)
+    notes = BuildNotes(
+        runtime="openvino",
+        version=version() or "unknown",
+        files=(engine.name, weights.name),
+        seconds=time.perf_counter() - started,
+        options={"compress_to_fp16": False, "precision": params.precision},
+        runs_here=lacking is None,
+        label="" if lacking is None else "built, not run here",
+        warnings=() if lacking is None else (lacking,),
+    )
+    _metadata.write_metadata(engine, notes, file_digest(onnx), params)
+    return notes
+
+
+@contextmanager
+def open(
+    engine: Path, params: Params, /, *, threads: int = 1, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> Iterator[OpenVinoSession]:
+    """Compile an IR for the CPU with one stream of `threads` threads.
+
+    `shapes` fixes dynamic axes, which makes it faster; None keeps them. Raises DataError where it cannot be read or
+    a shape does not fit, RuntimeUnavailable where this CPU lacks the precision.
+    """
+    _metadata.judge(engine)
+    openvino = _package()
+    if reason := _precision_reason(openvino, params):
+        raise RuntimeUnavailable(reason)
+    try:
+        core = openvino.Core()
+        model = core.read_model(engine)
+    except RuntimeError as error:
+        raise DataError(f"{engine}: OpenVINO cannot read it: {_one_line(error)}") from None
+    inputs, changed = _tensors.fixed(_describe(model.inputs), shapes)
+    try:
+        if changed:
+            model.reshape({tensor.name: tensor.shape for tensor in inputs if tensor.name in changed})
+        compiled = core.compile_model(model, "CPU", _settings(params, threads))
+    except RuntimeError as error:
+        raise ModelError(f"{engine}: OpenVINO cannot compile it: {_one_line(error)}") from None
+    yield OpenVinoSession(compiled, inputs, _describe(compiled.outputs))
+
+
+class OpenVinoSession:
+    """A compiled IR with one inference request."""
+
+    device = "CPU"
+
+    def __init__(self, compiled: Any, inputs: tuple[IOTensor, ...], outputs: tuple[IOTensor, ...]) -> None:
+        self.inputs: Sequence[IOTensor] = inputs
+        self.outputs: Sequence[IOTensor] = outputs
+        self._request = compiled.create_infer_request()
+
+    def bind(self, inputs: Arrays) -> None:
+        """Copy `inputs` into the request's own tensors."""
+        for i, array in enumerate(_tensors.checked(inputs, self.inputs).values()):
+            tensor = self._request.get_input_tensor(i)
+            tensor.shape = array.shape
+            tensor.data[...] = array
+
+    def execute(self) -> None:
+        """One synchronous inference on what was bound last."""
+        try:
+            self._request.infer(share_outputs=True)
+        except RuntimeError as error:
+            raise ModelError(f"OpenVINO failed while running: {_one_line(error)}") from None
+
+    def fetch(self) -> dict[str, NDArray[Any]]:
+        """A copy of every output."""
+        return {tensor.name: self._request.get_output_tensor(i).data.copy() for i, tensor in enumerate(self.outputs)}
+
+
+def _package() -> ModuleType:
+    if reason := unavailable_reason():
+        raise RuntimeUnavailable(reason)
+    try:
+        package = importlib.import_module("openvino")
+    except ImportError as error:
+        raise RuntimeUnavailable(f"OpenVINO is installed but does not import: {error}") from None
+    return package
+
+
+def _settings(params: Params, threads: int) -> dict[str, object]:
+    return {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": params.precision,
+        "ENABLE_CPU_PINNING": False,  # two processes would both be pinned to the first cores
+    }
+
+
+def _precision_reason(openvino: ModuleType, params: Params) -> str | None:
+    # asked for bf16, OpenVINO says bf16 on every CPU and computes in float32 where there is none
+    if params.precision == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return "this CPU does not compute in BF16 (it needs avx512_bf16 or AMX): use precision: f32"
+    return None
+
+
+def _describe(ports: Sequence[Any]) -> tuple[IOTensor, ...]:
+    import numpy as np
+
+    return tuple(
+        IOTensor(
+            port.get_any_name(),
+            tuple(None if axis.is_dynamic else axis.get_length() for axis in port.get_partial_shape()),
+            np.dtype(port.get_element_type().to_dtype()).name,
+        )
+        for port in ports
+    )
+
+
+def _one_line(error: Exception) -> str:
+    """OpenVINO's messages run over many lines, the first ones naming its own source files."""
+    noise = ("Exception from src", "Check '", "FrontEnd API failed")
+    lines = [line.strip() for line in str(error).splitlines()]
+    useful = [line for line in lines if line and not line.startswith(noise)]
+    return " ".join(useful or lines)[:500]

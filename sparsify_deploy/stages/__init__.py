@@ -1,0 +1,1 @@
+"""One step of a plan a file: load, call, save, measure."""

@@ -1,0 +1,157 @@
+"""The ONNX file, its parity with torch on real inputs, and 2:4 checked on the final values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from sparsify_deploy import menu
+from sparsify_deploy.errors import CheckFailed
+from sparsify_deploy.recipe import NM, Export
+from sparsify_deploy.recipe import Quantize as QuantizeSection
+from sparsify_deploy.stages.base import Estimate
+from sparsify_deploy.stages.inference import run_all
+from sparsify_deploy.stages.quantize import rebuild
+from sparsify_deploy.stages.subject import Subject, reproducible, unmet_packages
+from sparsify_deploy.types import Context, Facts, Json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparsify_deploy.export.parity import Parity
+    from sparsify_deploy.sparsity.mask import Mask
+
+
+@dataclass(frozen=True)
+class ExportOnnx:
+    """Export `quantized` where the branch has it, else `weights` with BatchNorm folded."""
+
+    subject: Subject
+    export: Export
+    quantize: QuantizeSection | None
+    nm: NM | None
+
+    name: ClassVar[str] = "export_onnx"
+    version: ClassVar[int] = 1
+    inputs: ClassVar[tuple[str, ...]] = ("weights", "quantized", "mask")
+    outputs: ClassVar[Mapping[str, str]] = {"onnx": "model.onnx"}
+    environment: ClassVar[tuple[str, ...]] = ("torch", "onnx")
+
+    def methods(self) -> Mapping[str, int]:
+        return self.subject.methods()
+
+    def files(self) -> Mapping[str, Path]:
+        return self.subject.files()
+
+    def unmet(self) -> Sequence[str]:
+        quantised = ("modelopt",) if self.quantize is not None else ()
+        return unmet_packages("export_onnx", "torch", *quantised, "onnxruntime")
+
+    def estimate(self) -> Estimate:
+        return Estimate()
+
+    def run(self, inputs: Mapping[str, Path], out: Path, context: Context) -> Facts:
+        from sparsify_deploy.sparsity.mask import Mask
+
+        reproducible(context)
+        model = network_of(self.subject, self.quantize, inputs)
+        path = out / self.outputs["onnx"]
+        write_onnx(self.subject, self.export, model, path)
+        parity = self._check_parity(model, path)
+        mask = Mask.load(inputs["mask"]) if "mask" in inputs else None
+        checked = check_pattern(path, self.nm, mask)
+        return {
+            "opset": self.export.opset,
+            "precision": "INT8" if self.quantize is not None else "FP32",
+            "weights": "INT8 + DQ" if self.quantize and self.export.int8_weights else "FP32",
+            "flavour": "tensorrt" if self.quantize is not None else "none",
+            "parity": dataclasses.asdict(parity),
+            "nm_checked": checked,
+            "bytes": path.stat().st_size,
+        }
+
+    def _check_parity(self, model: nn.Module, path: Path) -> Parity:
+        """Torch against ONNX Runtime on test examples; `CheckFailed` beyond the recipe's limits."""
+        import torch
+
+        from sparsify_deploy.export.parity import compare
+        from sparsify_deploy.training.loop import predict
+
+        split = self.subject.examples.split("test")
+        indices = torch.arange(min(self.export.parity_examples, len(split)))
+        reference, batch = predict(model, split, self.subject.examples.inputs, indices)
+        runtime = menu.entry("runtimes", "onnxruntime")
+        with runtime.open(path, runtime.Params()) as session:
+            size = len(indices) if self.export.dynamic_batch else 1
+            other = run_all(session, {k: batch[k] for k in self.subject.examples.inputs}, size)
+        parity = compare(reference, other)
+        if self.quantize is None:
+            if parity.max_relative > self.export.max_relative_difference:
+                raise CheckFailed(
+                    f"{path}: differs from torch by {parity.max_relative:.2e} of the largest output, "
+                    f"more than export.max_relative_difference {self.export.max_relative_difference:g}; it is kept"
+                )
+        elif parity.top1_agreement is not None and parity.top1_agreement < self.export.min_top1_agreement:
+            raise CheckFailed(
+                f"{path}: agrees with torch on {parity.top1_agreement:.2%} of {parity.examples} top-1 answers, "
+                f"less than export.min_top1_agreement {self.export.min_top1_agreement:g}; the file is kept"
+            )
+        return parity
+
+
+def network_of(subject: Subject, quantize: QuantizeSection | None, inputs: Mapping[str, Path]) -> nn.Module:
+    """The network as the branch has it: quantised, or in float with BatchNorm folded; in eval mode."""
+    from sparsify_deploy.quantization.folding import fold_batchnorm
+
+    if quantize is not None and "quantized" in inputs:
+        module: nn.Module = rebuild(subject, quantize, inputs["quantized"]).module
+    else:
+        module = fold_batchnorm(subject.network(inputs.get("weights")))
+    return module.eval()
+
+
+def write_onnx(subject: Subject, settings: Export, model: nn.Module, path: Path) -> None:
+    """Export with the data's own input names and a test example; INT8 weights as integers if the recipe says so."""
+    from sparsify_deploy.export.onnx import export
+    from sparsify_deploy.graph import file
+    from sparsify_deploy.graph.int8_weights import store_int8_weights_
+
+    export(
+        model,
+        subject.example(),
+        subject.examples.inputs,
+        path,
+        opset=settings.opset,
+        dynamic_batch=settings.dynamic_batch,
+    )
+    if settings.int8_weights:
+        written = file.load(path)
+        store_int8_weights_(written)
+        file.save(written, path)
+
+
+def check_pattern(path: Path, nm: NM | None, mask: Mask | None) -> list[dict[str, Json]]:
+    """Count groups with more than N non-zeros in each layer the mask holds to N:M, on the file's final values."""
+    from sparsify_deploy.graph import file, layers
+    from sparsify_deploy.graph.nm import violations
+    from sparsify_deploy.sparsity.nm import is_nm
+
+    if nm is None or mask is None:
+        return []
+    n, m = nm.nm
+    found = {layer.weight: layer for layer in layers.weight_layers(file.load(path))}
+    rows: list[dict[str, Json]] = []
+    for parameter, kept in mask.items():
+        if kept.shape[1] % m or not is_nm(kept, n, m):
+            continue
+        if parameter not in found:
+            raise CheckFailed(f"{path}: holds no initializer {parameter!r}, so its {nm.pattern} cannot be checked")
+        bad = violations(found[parameter].values, n, m)
+        rows.append({"parameter": parameter, "violations": bad, "precision": found[parameter].precision})
+    broken = [str(row["parameter"]) for row in rows if row["violations"]]
+    if broken:
+        raise CheckFailed(f"{path}: final values break {nm.pattern} along input channels in {', '.join(broken)}")
+    return rows

@@ -1,0 +1,74 @@
+"""One run of a training method inside a stage, with what it cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+
+from sparsify_deploy import menu
+from sparsify_deploy.stages.base import Estimate
+from sparsify_deploy.stages.subject import Subject
+from sparsify_deploy.training.settings import Training
+from sparsify_deploy.types import Context, Json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparsify_deploy.sparsity.mask import Mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A training method, its settings, and the order of its batches: each phase of training draws in its own."""
+
+    method: str
+    params: BaseModel
+    training: Training
+    stream: int
+
+    def version(self) -> dict[str, int]:
+        """The method's entry in a fingerprint."""
+        return {f"methods/{self.method}": menu.entry("methods", self.method).VERSION}
+
+
+def hold(mask: bool, training: Training, stream: int) -> Fit:
+    """Training that leaves the mask where it is, or dense training where there is none."""
+    method = "static" if mask else "dense"
+    return Fit(method, menu.entry("methods", method).Params(), training, stream)
+
+
+def fit_(
+    model: nn.Module, fit: Fit, mask: Mask | None, *, subject: Subject, out: Path, context: Context
+) -> tuple[Mask | None, dict[str, Json]]:
+    """Train `model` in place, with step checkpoints in `out`; the mask it ends with, its history and its cost."""
+    from sparsify_deploy.training.cost import training_cost
+    from sparsify_deploy.training.loop import Trainer
+
+    trainer = Trainer(
+        model,
+        subject.opened_task,
+        subject.examples.split("train"),
+        subject.examples.inputs,
+        fit.training,
+        seed=subject.seed + fit.stream,
+        folder=out,
+        context=context,
+        augment=subject.data.augment,
+    )
+    after: Mask | None = menu.entry("methods", fit.method).train(trainer, mask, fit.params)
+    cost = training_cost(model, subject.example(), subject.examples.inputs, trainer.history)
+    return after, {"method": fit.method, "history": dataclasses.asdict(trainer.history), "cost": cost}
+
+
+def estimate(subject: Subject, training: Training | None) -> Estimate:
+    """The optimizer steps of a run, and its FLOPs were it dense (2 x MACs, backward twice the forward)."""
+    from sparsify_deploy.training.cost import forward_flops
+
+    if training is None:
+        return Estimate(optimizer_steps=0, training_flops=0.0)
+    steps = training.total_steps(len(subject.examples.split("train")))
+    forward = sum(forward_flops(subject.network(), subject.example(), subject.examples.inputs).values())
+    return Estimate(steps, 3.0 * forward * steps * training.batch_size * training.accumulate)

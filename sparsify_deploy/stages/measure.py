@@ -1,0 +1,157 @@
+"""The report on a model as it stands: accuracy, sparsity, bytes and latency, after every stage that changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import BaseModel
+
+from sparsify_deploy import menu
+from sparsify_deploy.recipe import NM, Benchmark, Export
+from sparsify_deploy.recipe import Quantize as QuantizeSection
+from sparsify_deploy.reports import LayerReport, ModelReport, dump
+from sparsify_deploy.stages.base import Estimate
+from sparsify_deploy.stages.export_onnx import network_of, write_onnx
+from sparsify_deploy.stages.subject import Subject, reproducible, unmet_packages
+from sparsify_deploy.timing import Latency, measure
+from sparsify_deploy.types import Context, Facts
+
+if TYPE_CHECKING:
+    from sparsify_deploy.graph.layers import WeightLayer
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Evaluate in torch, export, read the sparsity off the ONNX file, time it in the recipe's first runtime.
+
+    A stage of its own, so that another runtime or benchmark setting repeats the measurement and not the training.
+    """
+
+    subject: Subject
+    export: Export
+    quantize: QuantizeSection | None
+    nm: NM | None
+    sparsity: float | None
+    runtime: str | None
+    params: BaseModel | None
+    benchmark: Benchmark
+
+    name: ClassVar[str] = "measure"
+    version: ClassVar[int] = 1
+    inputs: ClassVar[tuple[str, ...]] = ("weights", "quantized", "mask")
+    outputs: ClassVar[Mapping[str, str]] = {"report": "report.json", "measured_onnx": "model.onnx"}
+
+    @property
+    def environment(self) -> tuple[str, ...]:
+        return ("torch", "cpu", "gpu", *((self.runtime,) if self.runtime else ()))
+
+    def methods(self) -> Mapping[str, int]:
+        return self.subject.methods()
+
+    def files(self) -> Mapping[str, Path]:
+        return self.subject.files()
+
+    def unmet(self) -> Sequence[str]:
+        quantised = ("modelopt",) if self.quantize is not None else ()
+        reason = menu.entry("runtimes", self.runtime).unavailable_reason() if self.runtime else None
+        return [*unmet_packages("measure", "torch", *quantised), *([f"{self.runtime}: {reason}"] if reason else [])]
+
+    def estimate(self) -> Estimate:
+        return Estimate()
+
+    def run(self, inputs: Mapping[str, Path], out: Path, context: Context) -> Facts:
+        from sparsify_deploy.graph import file
+        from sparsify_deploy.graph.layers import weight_layers
+        from sparsify_deploy.training.loop import evaluate
+
+        device = reproducible(context)
+        model = network_of(self.subject, self.quantize, inputs)
+        onnx = out / self.outputs["measured_onnx"]
+        write_onnx(self.subject, self.export, model, onnx)
+        test = self.subject.examples.split("test")
+        metrics = evaluate(model.to(device), self.subject.opened_task, test, self.subject.examples.inputs)
+        layers = weight_layers(file.load(onnx))
+        report = ModelReport(
+            metrics=metrics,
+            examples=len(test),
+            sparsity_asked=self.sparsity,
+            precision="INT8" if self.quantize is not None else "FP32",
+            layers=tuple(self._layer(layer) for layer in layers),
+            onnx_bytes=onnx.stat().st_size,
+            latency=tuple(self._latencies(onnx, out, context)),
+            runtime=self.runtime,
+        )
+        (out / self.outputs["report"]).write_text(dump(report), encoding="utf-8")
+        context.progress.say(_line(report))
+        return {"metrics": metrics, "sparsity": report.sparsity, "usable_sparsity": report.usable_sparsity}
+
+    def _layer(self, layer: WeightLayer) -> LayerReport:
+        """One layer's sparsity and whether hardware could use it, on the values in the file."""
+        from sparsify_deploy.graph import eligibility
+        from sparsify_deploy.graph.nm import violations
+        from sparsify_deploy.graph.size import bytes_as_stored, bytes_compressed
+
+        n, m = self.nm.nm if self.nm is not None else (2, 4)
+        possible = eligibility.pattern_possible(layer.shape, layer.groups, m)
+        rule = eligibility.rule_of_thumb(layer.shape, layer.groups, m)
+        held = possible.ok and violations(layer.values, n, m) == 0
+        usable = eligibility.pattern_possible(layer.shape, layer.groups, 4).ok and violations(layer.values, 2, 4) == 0
+        return LayerReport(
+            name=layer.name,
+            weight=layer.weight,
+            op=layer.op,
+            shape=layer.shape,
+            groups=layer.groups,
+            precision=layer.precision,
+            int8_in=layer.int8_in,
+            int8_out=layer.int8_out,
+            weights=int(layer.values.size),
+            zeros=int((layer.values == 0).sum()),
+            pattern_possible=possible.ok,
+            pattern_held=held,
+            usable=usable,
+            rule_of_thumb=rule.ok,
+            reason=possible.reason if not possible.ok else rule.reason,
+            bytes_stored=bytes_as_stored(layer.shape, layer.precision),
+            bytes_compressed=bytes_compressed(layer.shape, layer.precision, usable),
+        )
+
+    def _latencies(self, onnx: Path, out: Path, context: Context) -> list[Latency]:
+        """Latency at each batch size in the recipe's first runtime; none where that cannot run here."""
+        if self.runtime is None:
+            return []
+        runtime = menu.entry("runtimes", self.runtime)
+        if (reason := runtime.cannot_run_reason()) is not None:
+            context.progress.say(f"no latency: {self.runtime}: {reason}")
+            return []
+        engine = out / f"measured{runtime.SUFFIX}"
+        runtime.build(onnx, engine, self.params)
+        example = {k: v.numpy() for k, v in self.subject.example(max(self.benchmark.batch_sizes)).items()}
+        found = []
+        for size in self.benchmark.batch_sizes:
+            inputs = {name: example[name][:size] for name in self.subject.examples.inputs}
+            shapes = {name: values.shape for name, values in inputs.items()}
+            with runtime.open(engine, self.params, threads=self.benchmark.threads, shapes=shapes) as session:
+                session.bind(inputs)
+                found.append(
+                    measure(
+                        session.execute,
+                        batch_size=size,
+                        threads=self.benchmark.threads,
+                        warmup_ms=self.benchmark.warmup_ms,
+                        min_ms=self.benchmark.round_ms * 10,
+                    )
+                )
+        return found
+
+
+def _line(report: ModelReport) -> str:
+    """What a person wants to see of a report while the run goes on."""
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in sorted(report.metrics.items()))
+    text = f"  {metrics}; zeros {report.sparsity:.1%}, usable by 2:4 hardware {report.usable_sparsity:.1%}"
+    for latency in report.latency:
+        text += f"; {report.runtime} batch {latency.batch_size}: p50 {latency.p50_ms:.3f} ms"
+    return text

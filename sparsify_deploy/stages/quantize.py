@@ -1,0 +1,89 @@
+"""BatchNorm folded, INT8 quantizers placed and calibrated, quantisation-aware training with the mask held."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from sparsify_deploy import menu
+from sparsify_deploy.errors import CheckFailed
+from sparsify_deploy.recipe import Quantize as QuantizeSection
+from sparsify_deploy.stages.base import Estimate
+from sparsify_deploy.stages.fitting import estimate, fit_, hold
+from sparsify_deploy.stages.subject import Subject, load_tensors, reproducible, save_tensors, unmet_packages
+from sparsify_deploy.training.settings import Training
+from sparsify_deploy.types import Context, Facts, Json
+
+if TYPE_CHECKING:
+    from sparsify_deploy.quantization.int8 import Int8Settings, Quantized
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """INT8 weights per output channel and activations per tensor, on a folded copy of the network."""
+
+    subject: Subject
+    quantize: QuantizeSection
+    training: Training | None
+    batch_size: int
+
+    name: ClassVar[str] = "quantize"
+    version: ClassVar[int] = 1
+    inputs: ClassVar[tuple[str, ...]] = ("weights", "mask")
+    outputs: ClassVar[Mapping[str, str]] = {"quantized": "quantized.safetensors"}
+    environment: ClassVar[tuple[str, ...]] = ("modelopt",)
+
+    def methods(self) -> Mapping[str, int]:
+        return {**self.subject.methods(), "methods/static": menu.entry("methods", "static").VERSION}
+
+    def files(self) -> Mapping[str, Path]:
+        return self.subject.files()
+
+    def unmet(self) -> Sequence[str]:
+        return unmet_packages("quantize", "torch", "modelopt", "requests", "huggingface_hub")
+
+    def estimate(self) -> Estimate:
+        return estimate(self.subject, self.training)
+
+    def run(self, inputs: Mapping[str, Path], out: Path, context: Context) -> Facts:
+        from sparsify_deploy.quantization import int8
+        from sparsify_deploy.sparsity.mask import Mask
+
+        device = reproducible(context)
+        mask = Mask.load(inputs["mask"]) if "mask" in inputs else None
+        model = self.subject.network(inputs.get("weights"))
+        self.subject.check_fits(model)
+        quantized = int8.prepare(model, settings_of(self.quantize))
+        quantized.module.to(device)
+        batches = self.subject.calibration(self.quantize.calibration_batches, self.batch_size)
+        notes = int8.calibrate_(quantized, batches, self.subject.examples.inputs)
+        facts: dict[str, Json] = {
+            "placement": [dataclasses.asdict(row) for row in quantized.placement],
+            "calibration": dataclasses.asdict(notes),
+        }
+        if self.training is not None:
+            held = hold(mask is not None, self.training, stream=2)
+            facts |= fit_(quantized.module, held, mask, subject=self.subject, out=out, context=context)[1]
+        if mask is not None and (moved := mask.check_holds(quantized.module)):
+            raise CheckFailed(f"quantize: pruned weights are no longer zero in {', '.join(moved)}")
+        save_tensors(int8.state(quantized), out / self.outputs["quantized"])
+        return facts
+
+
+def settings_of(section: QuantizeSection) -> Int8Settings:
+    """The part of the section that shapes the network, so that a later stage can rebuild it."""
+    from sparsify_deploy.quantization.int8 import Int8Settings
+
+    return Int8Settings(keep_float=section.keep_float, residual=section.residual)
+
+
+def rebuild(subject: Subject, section: QuantizeSection, state: Path) -> Quantized:
+    """The quantised network of `state`, as the quantize stage left it."""
+    from sparsify_deploy.quantization import int8
+
+    quantized = int8.prepare(subject.network(), settings_of(section))
+    int8.load_(quantized, load_tensors(state))
+    return quantized

@@ -1,0 +1,59 @@
+"""Training: dense, with a fixed mask, or with one that moves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from sparsify_deploy import menu
+from sparsify_deploy.stages.base import Estimate
+from sparsify_deploy.stages.fitting import Fit, estimate, fit_
+from sparsify_deploy.stages.subject import Subject, reproducible, save_weights, unmet_packages
+from sparsify_deploy.types import Context, Facts
+
+
+@dataclass(frozen=True)
+class Train:
+    """One training method from the network's start, or from `weights` where the branch has some."""
+
+    subject: Subject
+    fit: Fit
+
+    name: ClassVar[str] = "train"
+    version: ClassVar[int] = 1
+    inputs: ClassVar[tuple[str, ...]] = ("weights", "mask")
+    environment: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def outputs(self) -> Mapping[str, str]:
+        files = {"weights": "weights.safetensors"}
+        if menu.entry("methods", self.fit.method).NEEDS_MASK:
+            files["mask"] = "mask.safetensors"
+        return files
+
+    def methods(self) -> Mapping[str, int]:
+        return {**self.subject.methods(), **self.fit.version()}
+
+    def files(self) -> Mapping[str, Path]:
+        return self.subject.files()
+
+    def unmet(self) -> Sequence[str]:
+        return unmet_packages("train", "torch")
+
+    def estimate(self) -> Estimate:
+        return estimate(self.subject, self.fit.training)
+
+    def run(self, inputs: Mapping[str, Path], out: Path, context: Context) -> Facts:
+        from sparsify_deploy.sparsity.mask import Mask
+
+        device = reproducible(context)
+        model = self.subject.network(inputs.get("weights"))
+        self.subject.check_fits(model)
+        mask = Mask.load(inputs["mask"]) if "mask" in inputs else None
+        mask, facts = fit_(model.to(device), self.fit, mask, subject=self.subject, out=out, context=context)
+        save_weights(model, out / self.outputs["weights"])
+        if mask is not None:
+            mask.save(out / self.outputs["mask"])
+        return facts

@@ -1,0 +1,161 @@
+"""The outcomes of a run become its report, and the run directory's `report.json`, `report.md` and engines."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal
+
+from sparsify_deploy.artifacts.environment import machine
+from sparsify_deploy.artifacts.fingerprint import file_digest
+from sparsify_deploy.pipeline import Outcome
+from sparsify_deploy.plan import Plan
+from sparsify_deploy.reports import BenchmarkReport, EngineRow, ModelReport, Row, RunReport, StepRow, dump, load
+from sparsify_deploy.stages.benchmark import BenchmarkEngines
+from sparsify_deploy.stages.build_engine import BuildEngine, engine_file
+from sparsify_deploy.types import Json
+from sparsify_deploy.verdict import Evidence, gates, verdict
+
+
+def summarise(plan: Plan, outcomes: Sequence[Outcome], until: str | None) -> RunReport:
+    """The report of a run from what its steps left behind."""
+    by_id = {outcome.step.id: outcome for outcome in outcomes}
+    rows = tuple(_row(by_id, identifier) for identifier in plan.rows if identifier in by_id)
+    engines = tuple(_engine(outcome) for outcome in outcomes if isinstance(outcome.step.stage, BuildEngine))
+    benchmarks = tuple(
+        load(BenchmarkReport, outcome.record.outputs["benchmark"])
+        for outcome in outcomes
+        if isinstance(outcome.step.stage, BenchmarkEngines)
+    )
+    limits = plan.recipe.gates
+    metric, direction = _metric(plan, limits.metric)
+    dense = [row for row in rows if row.step.startswith("dense/")]
+    sparse = [row for row in rows if row.step.startswith("sparse/")]
+    evidence = Evidence(
+        metric=metric,
+        direction=direction,
+        dense_start=dense[0] if dense else None,
+        dense=dense[-1] if dense else None,
+        sparse=sparse[-1] if sparse else None,
+        engines=engines,
+        benchmarks=benchmarks,
+    )
+    return RunReport(
+        recipe=plan.recipe.name or "",
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        machine=machine(),
+        metric=metric,
+        direction=direction,
+        rows=rows,
+        engines=engines,
+        benchmarks=benchmarks,
+        gates=gates(evidence, limits.model_dump(exclude={"metric"})) if until is None else (),
+        notes=tuple(note for outcome in outcomes for note in _notes(outcome)),
+        verdict=verdict(evidence, limits.max_drop),
+        steps=tuple(
+            StepRow(o.step.id, "ran" if o.ran else "cached", o.record.seconds, o.record.fingerprint, o.why)
+            for o in outcomes
+        ),
+    )
+
+
+def _metric(plan: Plan, asked: str | None) -> tuple[str, Literal["higher", "lower"]]:
+    """The metric that gates and the verdict speak of."""
+    metrics = plan.subject.opened_task.metrics
+    name = asked or next(iter(metrics))
+    return name, metrics[name]
+
+
+def _row(by_id: Mapping[str, Outcome], identifier: str) -> Row:
+    outcome = by_id[identifier]
+    model = load(ModelReport, outcome.record.outputs["report"])
+    stage = by_id.get(identifier.removesuffix(".report"))
+    facts = stage.record.measured if stage is not None else {}
+    history, cost = facts.get("history"), facts.get("cost")
+    return Row(
+        label=outcome.step.label,
+        step=identifier,
+        model=model,
+        optimizer_steps=history["steps"] if history else None,
+        flops=cost["relative_training_flops"] if cost else None,
+        train_s=stage.record.seconds if stage is not None else None,
+    )
+
+
+def _engine(outcome: Outcome) -> EngineRow:
+    stage = outcome.step.stage
+    assert isinstance(stage, BuildEngine)
+    facts = outcome.record.measured
+    branch = outcome.step.id.partition("/")[0]
+    return EngineRow(
+        branch=branch,
+        runtime=stage.runtime,
+        file=str(_published(outcome).relative_to(".")),
+        bytes=facts["bytes"],
+        version=facts["build"]["version"],
+        metrics=facts.get("metrics"),
+        label=facts["build"]["label"],
+        not_run=facts.get("not_run"),
+    )
+
+
+def _published(outcome: Outcome) -> Path:
+    """Where in the run directory an engine is put."""
+    stage = outcome.step.stage
+    assert isinstance(stage, BuildEngine)
+    return engine_file(Path("engines") / outcome.step.id.partition("/")[0] / stage.runtime, stage.runtime)
+
+
+def _notes(outcome: Outcome) -> list[str]:
+    """What a reader must know of a step besides its numbers: what was left out, and why."""
+    facts, name = outcome.record.measured, outcome.step.id
+    notes = []
+    if collapsed := facts.get("collapsed"):
+        notes.append(f"{name}: layer collapse, no weight is left in {', '.join(collapsed)}")
+    if kept := facts.get("kept_dense"):
+        notes.append(f"{name}: kept dense by the recipe: {', '.join(kept)}")
+    layers: Sequence[Mapping[str, Json]] = facts.get("layers", ())
+    if layers:
+        notes.append(f"{name}: {facts['projected']} of {len(layers)} layers projected on {facts['pattern']}")
+    notes += [f"{name}: {row['layer']} not projected: {row['reason']}" for row in layers if not row["projected"]]
+    notes += [
+        f"{name}: {row['layer']} not quantised: {row['rule']}"
+        for row in facts.get("placement", ())
+        if not row["quantised"]
+    ]
+    if reason := facts.get("not_run"):
+        notes.append(f"{name}: not run here: {reason}")
+    return notes
+
+
+def publish(folder: Path, report: RunReport, outcomes: Sequence[Outcome], recipe: Path) -> None:
+    """Write the reports, copy the engines and the recipe; what is there already with the same bytes stays."""
+    from sparsify_deploy.tables import markdown
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for outcome in outcomes:
+        if isinstance(outcome.step.stage, BuildEngine):
+            target = (folder / _published(outcome)).parent
+            if not target.is_dir() or file_digest(target) != outcome.record.digests["engine"]:
+                _replace_folder(outcome.record.outputs["engine"], target)
+    _replace_file(folder / "report.json", dump(report))
+    _replace_file(folder / "report.md", markdown(report))
+    _replace_file(folder / "recipe.yaml", recipe.read_text(encoding="utf-8"))
+
+
+def _replace_file(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)

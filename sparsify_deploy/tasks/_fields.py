@@ -1,0 +1,27 @@
+"""Which output and which field a task reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparsify_deploy.errors import DataError
+
+TARGET = "target"
+
+
+def chosen_output(outputs: Mapping[str, Any], name: str | None) -> Any:
+    """The output `name`; None: the only one, or `logits` among several. `DataError` where there is no such output."""
+    if name is None:
+        name = next(iter(outputs)) if len(outputs) == 1 else "logits"
+    if name not in outputs:
+        known = ", ".join(outputs) or "none"
+        raise DataError(f"the model has no output {name!r} (it has {known}): name one in task.params.output")
+    return outputs[name]
+
+
+def target_of(batch: Mapping[str, Any]) -> Any:
+    """The field `target`; `DataError` where the data lacks it."""
+    if TARGET not in batch:
+        raise DataError(f"the data has no field {TARGET!r} (it has {', '.join(batch) or 'none'})")
+    return batch[TARGET]

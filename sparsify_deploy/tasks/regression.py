@@ -1,0 +1,72 @@
+"""Regression: one or more real values an example, by mean squared error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from sparsify_deploy.errors import DataError
+from sparsify_deploy.params import Params as Base
+from sparsify_deploy.tasks._fields import chosen_output, target_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsify_deploy.types import Arrays, Batch, Direction, Outputs, Task
+
+VERSION = 1
+
+
+class Params(Base):
+    """What a regressor's loss needs."""
+
+    output: str | None = Field(None, description="the output that holds the values; none: the only one, or logits")
+
+
+def create(params: Params) -> Task:
+    """Values `(N, ...)` against real targets of the same shape in the field `target`; `(N, 1)` fits `(N,)`."""
+    return Regression(params)
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Mean squared error; `rmse` and `mae` in the target's unit, over all values of all examples."""
+
+    params: Params
+    metrics: ClassVar[Mapping[str, Direction]] = {"rmse": "lower", "mae": "lower"}
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Mean squared error in the output's dtype."""
+        from torch.nn import functional as F
+
+        values, target = chosen_output(outputs, self.params.output), target_of(batch)
+        _check(values.shape, target.shape, target.dtype, target.is_floating_point())
+        loss: Tensor = F.mse_loss(values, target.reshape(values.shape).to(values.dtype))
+        return loss
+
+    def evaluate(self, outputs: Arrays, batch: Arrays) -> dict[str, float]:
+        """`rmse`, `mae` and `loss`, the mean squared error."""
+        import numpy as np
+
+        values, target = chosen_output(outputs, self.params.output), target_of(batch)
+        _check(values.shape, target.shape, target.dtype, bool(np.issubdtype(target.dtype, np.floating)))
+        if values.size == 0:
+            raise DataError("there are no examples to evaluate")
+        error = values.astype(np.float64) - target.reshape(values.shape).astype(np.float64)
+        if not np.isfinite(error).all():
+            raise DataError("the model's values or the targets are not all finite, so no metric means anything")
+        mse = float((error**2).mean())
+        return {"rmse": mse**0.5, "mae": float(np.abs(error).mean()), "loss": mse}
+
+
+def _check(values: tuple[int, ...], target: tuple[int, ...], dtype: Any, real: bool) -> None:
+    values, target = tuple(values), tuple(target)
+    # Without this check (N, 1) against (N,) would broadcast to (N, N) and train on nonsense.
+    column = {values, target} == {values[:1], (*values[:1], 1)}
+    if values != target and not column:
+        raise DataError(f"regression needs a target of the output's shape {values}, the data gives {target}")
+    if not real:
+        raise DataError(f"regression needs a floating-point target, the data gives {dtype}")

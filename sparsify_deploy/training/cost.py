@@ -1,0 +1,100 @@
+"""What training costs in FLOPs, by the conventions of RigL's authors (Evci 2020, arXiv 1911.11134, appendix H)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsify_deploy.errors import ModelError
+from sparsify_deploy.training.evaluation import device_of, mode, moved
+from sparsify_deploy.types import outputs_of
+
+if TYPE_CHECKING:
+    from sparsify_deploy.training.loop import History
+    from sparsify_deploy.types import Batch, Json
+
+_ROOT = "Global"
+
+
+def forward_flops(model: nn.Module, example: Batch, inputs: Sequence[str]) -> dict[str, int]:
+    """FLOPs (2 x MACs) of one forward pass of `example`, all its examples together, by module name.
+
+    A module counts what it does itself, without its children, so that the sum is the whole pass; "" is the model.
+    Convolutions and matrix products count, as in `torch.utils.flop_counter`; elementwise work does not.
+    """
+    example = moved(example, device_of(model))
+    counter = FlopCounterMode(display=False)
+    with mode(model, train=False), torch.no_grad(), counter:
+        outputs_of(model, example, inputs)
+    counted = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    whole = counted.pop(_ROOT, 0)
+    root = type(model).__name__
+    totals = {name.removeprefix(root).removeprefix("."): count for name, count in counted.items() if name != _ROOT}
+    totals[""] = whole
+    own = dict(totals)
+    for name, count in totals.items():
+        if name:
+            parent = name
+            while True:
+                parent = parent.rpartition(".")[0]
+                if parent in totals:
+                    break
+            own[parent] -= count
+    return {name: count for name, count in sorted(own.items()) if count}
+
+
+def sparse_flops(flops: Mapping[str, int], densities: Mapping[str, float]) -> float:
+    """`flops` by module with each weight's share of zeros left out; `densities` by parameter name, else 1."""
+    return sum(count * densities.get(f"{name}.weight" if name else "weight", 1.0) for name, count in flops.items())
+
+
+def relative_training_flops(
+    flops: Mapping[str, int],
+    densities: Mapping[str, float],
+    steps: int,
+    *,
+    updates: Sequence[tuple[int, Mapping[str, float]]] = (),
+    dense_gradient_every: int | None = None,
+) -> float:
+    """Training FLOPs of a run over those of dense training for as many steps.
+
+    With f_D and f_S the dense and sparse forward pass, a dense step is 3 f_D (backward is twice forward), a sparse one
+    3 f_S. A method that needs the dense gradient every ΔT steps costs (3 f_S ΔT + 2 f_S + f_D) / (ΔT + 1) a step on
+    average, over the whole run, as the authors count; that is a little too much once the mask stands still.
+    `updates` are (step, densities from that step on), in order. `ModelError` where the model does no counted work.
+    """
+    dense = sum(flops.values())
+    if dense == 0:
+        raise ModelError("the model has no convolution or matrix product whose FLOPs could be counted")
+    spans = [(0, densities), *updates]
+    ends = [step for step, _ in updates] + [steps]
+    total = 0.0
+    for (start, current), end in zip(spans, ends, strict=True):
+        sparse = sparse_flops(flops, current)
+        a_step = 3 * sparse
+        if dense_gradient_every is not None:
+            every = dense_gradient_every
+            a_step = (3 * sparse * every + 2 * sparse + dense) / (every + 1)
+        total += a_step * (end - start)
+    return total / (3 * dense * steps)
+
+
+def training_cost(model: nn.Module, example: Batch, inputs: Sequence[str], history: History) -> Json:
+    """The cost of a fit, for a report: FLOPs (2 x MACs) of a forward pass of `example`, dense and at the starting
+    density, and training FLOPs relative to dense training."""
+    flops = forward_flops(model, example, inputs)
+    return {
+        "dense_forward_flops": sum(flops.values()),
+        "sparse_forward_flops": sparse_flops(flops, history.densities),
+        "relative_training_flops": relative_training_flops(
+            flops,
+            history.densities,
+            history.steps,
+            updates=[(update.step, update.densities) for update in history.updates],
+            dense_gradient_every=history.dense_gradient_every,
+        ),
+    }

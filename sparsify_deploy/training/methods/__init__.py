@@ -1,0 +1,23 @@
+"""Training methods: each drives a trainer in its own way. A file is an entry; here stands what it defines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from sparsify_deploy.params import Params as AnyParams
+    from sparsify_deploy.sparsity.mask import Mask
+    from sparsify_deploy.training.loop import Trainer
+
+
+class TrainingMethod(Protocol):
+    """A menu module of `training/methods/` meets it with a function and constants."""
+
+    VERSION: int
+    Params: type[AnyParams]
+    NEEDS_MASK: bool
+    """Whether it starts from a mask; where False, giving it one is `UsageError`."""
+
+    def train(self, trainer: Trainer, mask: Mask | None, params: Any, /) -> Mask | None:
+        """Train `trainer.model` in place and return its final mask; `trainer.history` tells how it went."""
+        ...

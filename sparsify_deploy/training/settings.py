@@ -1,0 +1,118 @@
+"""The settings of one run of the training loop, and how a stage overrides the recipe's defaults. Free of torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from sparsify_deploy.params import Fraction, NonNegative, Positive
+from sparsify_deploy.params import Params as Section
+
+
+class Optimizer(Section):
+    """An optimizer and its settings; `momentum` and `nesterov` are for sgd, `betas` and `eps` for adam and adamw."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: Positive = 0.1
+    momentum: Fraction = 0.9
+    nesterov: bool = False
+    weight_decay: NonNegative = 5e-4
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), strict=False)
+    eps: Positive = 1e-8
+
+
+class Schedule(Section):
+    """How the learning rate moves, after a linear warm-up from 0."""
+
+    name: Literal["cosine", "step", "constant"] = "cosine"
+    warmup_fraction: Fraction = Field(0.0, description="part of all optimizer steps spent warming up")
+    milestones: tuple[Fraction, ...] = Field(
+        (0.5, 0.75), strict=False, description="step: fractions of training after which the rate is multiplied by gamma"
+    )
+    gamma: Positive = Field(0.1, description="step: the factor at each milestone")
+    final_fraction: Fraction = Field(0.0, description="cosine: last rate as a fraction of the first")
+
+
+class Training(Section):
+    """One run of the training loop; exactly one of `epochs` and `steps`."""
+
+    epochs: Positive | None = None
+    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    batch_size: int = Field(64, ge=1, description="examples an optimizer step and accumulation slice")
+    accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged into one optimizer step")
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    clip_norm: Positive | None = Field(None, description="largest gradient norm, after the mask acted")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; weights stay FP32")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        return self
+
+    def steps_per_epoch(self, examples: int) -> float:
+        """Optimizer steps in one epoch: `floor(examples / batch_size)` batches, or one smaller batch where there are
+        fewer examples than `batch_size`; the last, incomplete batch is left out. Not whole with `accumulate`."""
+        return max(1, examples // self.batch_size) / self.accumulate
+
+    def total_steps(self, examples: int) -> int:
+        """`steps`, or the optimizer steps of `epochs` over `examples`, rounded, at least 1."""
+        if self.epochs is None:
+            return self.steps or 1
+        return max(1, round(self.epochs * self.steps_per_epoch(examples)))
+
+
+class OptimizerOverride(Section):
+    """The fields of `training.optimizer` to change for one stage."""
+
+    name: Literal["sgd", "adam", "adamw"] | None = None
+    lr: Positive | None = None
+    momentum: Fraction | None = None
+    nesterov: bool | None = None
+    weight_decay: NonNegative | None = None
+    betas: tuple[Fraction, Fraction] | None = Field(None, strict=False)
+    eps: Positive | None = None
+
+
+class ScheduleOverride(Section):
+    """The fields of `training.schedule` to change for one stage."""
+
+    name: Literal["cosine", "step", "constant"] | None = None
+    warmup_fraction: Fraction | None = None
+    milestones: tuple[Fraction, ...] | None = Field(None, strict=False)
+    gamma: Positive | None = None
+    final_fraction: Fraction | None = None
+
+
+class TrainingOverride(Section):
+    """The fields of `training` to change for one stage; naming `epochs` or `steps` replaces the other."""
+
+    epochs: Positive | None = None
+    steps: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    accumulate: int | None = Field(None, ge=1)
+    optimizer: OptimizerOverride | None = None
+    schedule: ScheduleOverride | None = None
+    clip_norm: Positive | None = None
+    precision: Literal["fp32", "bf16"] | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingOverride:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both")
+        return self
+
+    def over(self, base: Training) -> Training:
+        """`base` with this override's own fields in place of its."""
+        changes = {k: getattr(self, k) for k in self.model_fields_set}
+        for part in ("optimizer", "schedule"):
+            if isinstance(own := changes.get(part), Section):
+                fields = {k: getattr(own, k) for k in own.model_fields_set}
+                changes[part] = getattr(base, part).model_copy(update=fields)
+        if self.epochs is not None:
+            changes["steps"] = None
+        if self.steps is not None:
+            changes["epochs"] = None
+        return base.model_copy(update=changes)

@@ -1,0 +1,196 @@
+"""The seams: what a task, a data set, a criterion, a training method and a runtime look like to the others.
+
+Nothing here imports torch or numpy at run time. Every seam carries mappings from name to array, never one
+positional tensor, so that models with several inputs or outputs are no special case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    Batch: TypeAlias = Mapping[str, Tensor]
+    Outputs: TypeAlias = Mapping[str, Tensor]
+    Arrays: TypeAlias = Mapping[str, NDArray[np.generic]]
+    Scores: TypeAlias = Mapping[str, Tensor]
+    LossFn: TypeAlias = Callable[[nn.Module, Batch], Tensor]
+
+Json: TypeAlias = Any
+"""A value `json.dumps` writes: dict with str keys, list, str, int, float, bool, None."""
+
+Facts: TypeAlias = Mapping[str, Json]
+"""What a stage measured or decided, as JSON, for its manifest and the reports."""
+
+Direction: TypeAlias = Literal["higher", "lower"]
+
+
+class Progress(Protocol):
+    """Where long work tells how far it is. Calls are cheap; the receiver throttles."""
+
+    def update(self, label: str, done: int, total: int, note: str = "") -> None:
+        """`done` of `total` units of `label` are finished; `note` is a short free text such as a loss."""
+        ...
+
+    def say(self, message: str) -> None:
+        """One line a person should see: a fallback, a layer left out, a resumed checkpoint."""
+        ...
+
+
+@dataclass(frozen=True)
+class Silent:
+    """A `Progress` that tells nobody."""
+
+    def update(self, label: str, done: int, total: int, note: str = "") -> None:
+        pass
+
+    def say(self, message: str) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage may use while it runs and what never changes its result."""
+
+    progress: Progress = field(default_factory=Silent)
+    checkpoint_every_s: float = 30.0
+    threads: int | None = None
+    device: str = "auto"
+    stop_requested: Callable[[], bool] = lambda: False
+
+
+class Split(Protocol):
+    """One part of a data set: examples by index."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Tensor) -> dict[str, Tensor]:
+        """The examples at int64 `indices` `(B,)`, each field batched along axis 0, on the CPU, floats as float32."""
+        ...
+
+
+class DataSet(Protocol):
+    """Named splits of examples with named fields."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The fields a model takes, in the order of its `forward` arguments."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Class names by label, or None where there are none."""
+        ...
+
+    def split(self, name: Literal["train", "test"]) -> Split:
+        """`train` for training, calibration and scoring; `test` for every number in a report."""
+        ...
+
+
+class Task(Protocol):
+    """What a model is for: its loss and its metrics."""
+
+    @property
+    def metrics(self) -> Mapping[str, Direction]:
+        """Metric name to the direction of better; the first is the one gates use unless they name another."""
+        ...
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """The scalar training loss of one batch (mean over examples)."""
+        ...
+
+    def evaluate(self, outputs: Arrays, batch: Arrays) -> dict[str, float]:
+        """Every metric, and `loss` without training-only terms, over all examples at once; numpy only."""
+        ...
+
+
+@dataclass(frozen=True)
+class BuildNotes:
+    """What a runtime says of an engine it built."""
+
+    runtime: str
+    version: str
+    files: tuple[str, ...]
+    seconds: float
+    options: Facts
+    runs_here: bool
+    label: str = ""
+    warnings: tuple[str, ...] = ()
+    facts: Facts = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class IOTensor:
+    """Name, shape (None for a dynamic axis) and numpy dtype name of an engine's input or output."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+class Session(Protocol):
+    """An opened engine. `bind` copies inputs in, `execute` is the timed part, `fetch` copies outputs out."""
+
+    @property
+    def inputs(self) -> Sequence[IOTensor]: ...
+
+    @property
+    def outputs(self) -> Sequence[IOTensor]: ...
+
+    def bind(self, inputs: Arrays) -> None: ...
+
+    def execute(self) -> None: ...
+
+    def fetch(self) -> dict[str, NDArray[Any]]: ...
+
+
+class Runtime(Protocol):
+    """A menu module of `runtimes/` meets this with plain functions."""
+
+    SUFFIX: str
+    """File suffix of its engines, with the dot."""
+
+    def unavailable_reason(self) -> str | None:
+        """None where it can build here, else one line: what to install or which device is missing."""
+        ...
+
+    def cannot_run_reason(self) -> str | None:
+        """None where it can execute engines here, else one line."""
+        ...
+
+    def build(self, onnx: Path, engine: Path, params: Any, /) -> BuildNotes: ...
+
+    def open(
+        self,
+        engine: Path,
+        params: Any,
+        /,
+        *,
+        threads: int = 1,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> AbstractContextManager[Session]:
+        """Open an engine with `threads` CPU threads; `shapes` fixes dynamic axes, None keeps them."""
+        ...
+
+
+Batches: TypeAlias = "Iterable[Batch]"
+
+
+def outputs_of(model: nn.Module, batch: Batch, inputs: Sequence[str]) -> dict[str, Tensor]:
+    """Call `model` on the fields `inputs` of `batch`, in that order, and name what comes back.
+
+    A single tensor becomes `output`, a tuple or list `output_0`, `output_1`..., a mapping keeps its names.
+    """
+    result = model(*(batch[name] for name in inputs))
+    if isinstance(result, Mapping):
+        return dict(result)
+    if isinstance(result, (tuple, list)):
+        return {f"output_{i}": value for i, value in enumerate(result)}
+    return {"output": result}

@@ -1,0 +1,148 @@
+"""Runs a user's own Python file, found by its path, and turns what goes wrong into one line. Free of torch.
+
+The file is executed anew each time, so that what it makes depends on its text and the random state alone. Its
+folder is importable while it runs, and what it imported from there is forgotten afterwards: two files in two
+folders may each have their own `layers.py`. A sibling imported later, inside `forward` say, is not found.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+
+from sparsify_deploy.errors import DataError, SparsifyError
+
+_PACKAGE = Path(__file__).resolve().parent
+_LONGEST_MESSAGE = 300
+
+
+def make(
+    path: Path,
+    name: str,
+    arguments: Mapping[str, object],
+    *,
+    ready: type | tuple[type, ...],
+    error: type[DataError],
+) -> object:
+    """What `name` of the Python file `path` stands for: the result of calling it with `arguments`, or itself.
+
+    A function or class is called. An instance of `ready`, and what cannot be called, is returned as it is.
+    Raises `error`, one line that begins with the user's file and, where one failed, line.
+    """
+    with running(path, error):
+        module = _load(path, error)
+        if not hasattr(module, name):
+            raise error(f"{path}: nothing in it is called {name!r}{_hint(name, module)}")
+        found = getattr(module, name)
+        if callable(found) and not isinstance(found, ready):
+            return found(**arguments)
+        if arguments:
+            raise error(f"{path}: {name} is no function or class, so arguments have no effect: remove them")
+        return found
+
+
+@contextmanager
+def running(path: Path, error: type[DataError]) -> Iterator[None]:
+    """Inside, the folder of `path` is importable and the user's exceptions become `error`; `sys.path` is restored."""
+    folder = path.resolve().parent
+    search, known = list(sys.path), set(sys.modules)
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    except (SparsifyError, MemoryError):
+        raise
+    except (Exception, SystemExit) as exc:
+        raise error(_one_line(path, exc)) from exc
+    finally:
+        sys.path[:] = search
+        _forget_siblings(folder, known)
+
+
+def _load(path: Path, error: type[DataError]) -> ModuleType:
+    if path.suffix != ".py":
+        raise error(f"{path}: expected a Python file, .py")
+    try:
+        source = path.read_bytes()
+    except FileNotFoundError:
+        raise error(f"{path}: no such file") from None
+    except OSError as exc:
+        raise error(f"{path}: cannot be read: {exc.strerror}") from exc
+    name = "_sparsify_deploy_user_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    spec = importlib.util.spec_from_file_location(name, path, loader=SourceFileLoader(name, str(path)))
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and inspect look a class's module up by its name
+    try:
+        # Not through the loader: its bytecode cache goes by size and whole seconds and can be stale.
+        exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)  # noqa: S102
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _forget_siblings(folder: Path, known: set[str]) -> None:
+    """Drop the newly imported modules that were found in `folder` itself, and their submodules."""
+    siblings = set()
+    for name in set(sys.modules) - known:
+        if "." not in name and folder in _found_in(sys.modules[name]):
+            siblings.add(name)
+    for name in set(sys.modules) - known:
+        if name.partition(".")[0] in siblings:
+            del sys.modules[name]
+
+
+def _found_in(module: ModuleType) -> set[Path]:
+    """The folders a top-level module was found in; empty for built-in ones and for a file loaded by its path."""
+    if module.__name__.startswith("_sparsify_deploy_user_"):
+        return set()
+    packages = getattr(module, "__path__", None)
+    if packages is not None:
+        return {Path(p).resolve().parent for p in packages}
+    file = getattr(module, "__file__", None)
+    return {Path(file).resolve().parent} if file else set()
+
+
+def _hint(name: str, module: ModuleType) -> str:
+    own = [
+        key
+        for key, value in vars(module).items()
+        if not key.startswith("_")
+        and not isinstance(value, ModuleType)
+        and (getattr(value, "__module__", None) == module.__name__ or not isinstance(value, type))
+    ]
+    close = difflib.get_close_matches(name, own, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; one of {', '.join(own)}" if own else "; it defines no names"
+
+
+def _one_line(path: Path, exc: BaseException) -> str:
+    """`file:line: Type: message`, the line being the deepest one in the user's own folder."""
+    folder = path.resolve().parent
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(exc.__traceback__)]
+    message = str(exc)
+    if isinstance(exc, SyntaxError) and exc.filename:
+        places.append((exc.filename, exc.lineno))
+        message = exc.msg
+    own = [f"{file}:{line}" for file, line in places if _is_own(Path(file), folder)]
+    text = " ".join(message.split())
+    if len(text) > _LONGEST_MESSAGE:
+        text = text[:_LONGEST_MESSAGE] + "..."
+    what = f"{type(exc).__name__}: {text}" if text else type(exc).__name__
+    return f"{own[-1] if own else path}: {what}"
+
+
+def _is_own(file: Path, folder: Path) -> bool:
+    file = file.resolve()
+    return folder in file.parents and _PACKAGE not in file.parents and "site-packages" not in file.parts

@@ -1,0 +1,106 @@
+"""A recipe in its run directory: what the verbs `run`, `plan`, `status`, `explain` and `report` work on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsify_deploy import pipeline, recipe_source
+from sparsify_deploy.artifacts.store import ArtifactStore
+from sparsify_deploy.errors import DataError, UsageError
+from sparsify_deploy.interrupt import stoppable
+from sparsify_deploy.plan import Plan
+from sparsify_deploy.plan import plan as plan_of
+from sparsify_deploy.recipe import Recipe
+from sparsify_deploy.reports import RunReport, load
+from sparsify_deploy.stages.base import Estimate
+from sparsify_deploy.stages.project_nm import LayerForecast, forecast_layers
+from sparsify_deploy.summary import publish, summarise
+from sparsify_deploy.types import Context, Progress
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would do: where each step stands, what it is expected to cost, which layers could run sparse."""
+
+    steps: tuple[tuple[pipeline.Status, Estimate | None], ...]
+    layers: tuple[LayerForecast, ...]
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A recipe, its plan, its run directory and its store."""
+
+    recipe: Recipe
+    plan: Plan
+    folder: Path
+    store: ArtifactStore
+    source: Path
+
+    def run(
+        self,
+        progress: Progress,
+        *,
+        device: str,
+        checkpoint_every_s: float,
+        start: str | None = None,
+        until: str | None = None,
+        again: Sequence[str] = (),
+    ) -> RunReport:
+        """Bring the plan up to date and write `report.json`, `report.md` and the engines into the run directory."""
+        for name in (*again, *filter(None, (start, until))):
+            pipeline.selected(self.plan, name)
+        with self.store.lock(), stoppable() as stop_requested:
+            context = Context(progress, checkpoint_every_s, self.recipe.threads, device, stop_requested)
+            outcomes = pipeline.run(self.plan, self.store, context, again=again, start=start, until=until)
+            report = summarise(self.plan, outcomes, until)
+            publish(self.folder, report, outcomes, self.source)
+        return report
+
+    def status(self, stage: str | None = None) -> list[pipeline.Status]:
+        """Where the steps stand; with `stage` those it means."""
+        chosen = pipeline.selected(self.plan, stage) if stage is not None else None
+        return [s for s in pipeline.survey(self.plan, self.store) if chosen is None or s.step.id in chosen]
+
+    def forecast(self) -> Forecast:
+        """The dry run. Where torch or the data are missing, estimates are missing too, and it says so."""
+        steps = pipeline.survey(self.plan, self.store)
+        pending = [s for s in steps if s.state != "cached"]
+        missing = tuple(dict.fromkeys(line for s in pending for line in s.step.stage.unmet()))
+        able = not any("torch" in line for line in missing)
+        estimates = [s.step.stage.estimate() if able and s.state != "cached" else None for s in steps]
+        layers = forecast_layers(self.plan.subject, self.recipe.nm) if able else ()
+        return Forecast(tuple(zip(steps, estimates, strict=True)), layers, missing)
+
+
+def open_run(
+    source: Path,
+    sets: Sequence[str] = (),
+    run_dir: Path | None = None,
+    store: Path | None = None,
+    *,
+    trust_code: bool | None = None,
+) -> Workspace:
+    """Read a recipe and find its run directory; `trust_code` False refuses one that runs Python files of the user."""
+    recipe = recipe_source.load(source, sets)
+    plan = plan_of(recipe)
+    if trust_code is False and (sections := plan.subject.runs_user_code()):
+        named = " and ".join(f"{section}.source file" for section in sections)
+        raise UsageError(f"{source}: {named} runs Python code the recipe names: read that file, then add --trust-code")
+    folder = run_dir or Path("runs") / (recipe.name or source.stem)
+    return Workspace(recipe, plan, folder, ArtifactStore(store or recipe.store or folder / "store"), source)
+
+
+def read_report(folder: Path) -> RunReport:
+    """The report of a run directory."""
+    path = folder / "report.json"
+    if not path.is_file():
+        raise DataError(f"{path}: no report: name a run directory in which `run` has finished")
+    return load(RunReport, path)
+
+
+def exit_code(report: RunReport) -> int:
+    """0, or 4 where a gate of the recipe is not met or could not be measured."""
+    return 0 if all(gate.met for gate in report.gates) else 4
