@@ -19,7 +19,7 @@ define install
 pins=constraints/$$($(BIN)/python -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt; \
 test -f $$pins || { echo "no $$pins: make .venv with one of the Pythons in constraints/ (make PYTHON=...)" >&2; exit 1; }; \
 echo "installing sparsify-deploy[$(1)] into .venv with $$pins"; \
-$(BIN)/python -m pip install -qq -c $$pins -e '.[$(1)]'
+$(BIN)/python -m pip install -qq -c $$pins --config-settings editable_mode=compat -e '.[$(1)]'
 endef
 
 .PHONY: help demo test lint schema bench clean

@@ -5,7 +5,6 @@ Every text goes out with `soft_wrap=True, markup=False`, or rich would break `fi
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,14 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from sparsify_deploy.deploy import Built
     from sparsify_deploy.doctor import Finding
     from sparsify_deploy.pipeline import Status
     from sparsify_deploy.recipe import Recipe
     from sparsify_deploy.reports import RunReport
-    from sparsify_deploy.tables import Table as TextTable
+    from sparsify_deploy.tables import Table
     from sparsify_deploy.timing import Race
     from sparsify_deploy.types import Json, Progress
     from sparsify_deploy.workspace import Forecast
@@ -37,33 +34,36 @@ def error(text: str) -> None:
 
 
 def _json(value: Json) -> None:
+    import json
+
     out(json.dumps(value, indent=1, sort_keys=True, default=str))
 
 
-def _table(table: Table) -> None:
-    from rich.console import Console
+def _print(table: Table) -> None:
+    """A table: drawn by rich and fitted to the width of a terminal, else one unbroken line a row."""
+    if sys.stdout.isatty():
+        _draw(table)
+    else:
+        widths = [max(map(len, cells)) for cells in zip(table.columns, *table.rows, strict=True)]
+        if table.title:
+            out(table.title)
+        for row in (table.columns, ["-" * width for width in widths], *table.rows):
+            out("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    out((table.how and f"{table.how}\n") or "")
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=max(160, console.width))
-    console.print(table, soft_wrap=False)
 
-
-def _new_table(*columns: str, title: str | None = None, right: Sequence[str] = ()) -> Table:
+def _draw(table: Table) -> None:
     from rich import box
-    from rich.table import Table
+    from rich.console import Console
+    from rich.table import Table as Drawn
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, title=Text(title) if title else None, title_justify="left", pad_edge=False)
-    for column in columns:
-        table.add_column(Text(column), justify="right" if column in right else "left", overflow="fold")
-    return table
-
-
-def _row(table: Table, *cells: object) -> None:
-    from rich.text import Text
-
-    table.add_row(*(Text("" if cell is None else str(cell)) for cell in cells))
+    drawn = Drawn(box=box.SIMPLE_HEAD, title=Text(table.title) if table.title else None, title_justify="left")
+    for column in table.columns:
+        drawn.add_column(Text(column), overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*map(Text, row))
+    Console(highlight=False).print(drawn)
 
 
 @contextmanager
@@ -203,6 +203,8 @@ def explained(found: Sequence[Status], *, as_json: bool) -> None:
 
 def forecast(found: Forecast, *, as_json: bool) -> None:
     """The dry run."""
+    from sparsify_deploy.tables import Table
+
     if as_json:
         _json(
             {
@@ -221,21 +223,20 @@ def forecast(found: Forecast, *, as_json: bool) -> None:
             }
         )
         return
-    table = _new_table(
-        "step", "state", "optimizer steps", "TFLOP if dense", "why", right=("optimizer steps", "TFLOP if dense")
-    )
+    rows = []
     for s, estimate in found.steps:
         steps = estimate.optimizer_steps if estimate else None
         flops = estimate.training_flops if estimate else None
-        _row(table, s.step.id, s.state, steps or "", f"{flops / 1e12:.2f}" if flops else "", s.why)
-    _table(table)
+        rows.append((s.step.id, s.state, str(steps or ""), f"{flops / 1e12:.2f}" if flops else "", s.why))
+    _print(Table("", ("step", "state", "optimizer steps", "TFLOP if dense", "why"), tuple(rows)))
     if found.layers:
-        table = _new_table("layer", "shape", "projected", "reason", title="which layers could run 2:4-sparse")
-        for layer in found.layers:
-            _row(table, layer.name, "x".join(map(str, layer.shape)), "yes" if layer.projected else "no", layer.reason)
-        _table(table)
+        layers = tuple(
+            (layer.name, "x".join(map(str, layer.shape)), "yes" if layer.projected else "no", layer.reason)
+            for layer in found.layers
+        )
         chosen = sum(layer.projected for layer in found.layers)
-        out(f"{chosen} of {len(found.layers)} layers would be projected")
+        how = f"{chosen} of {len(layers)} layers would be projected"
+        _print(Table("Which layers could run sparse", ("layer", "shape", "projected", "reason"), layers, how))
     for line in found.missing:
         out(f"missing: {line}")
 
@@ -294,6 +295,8 @@ def raced(races: Sequence[Race], *, as_json: bool) -> None:
 
 def inspected(found: Mapping[str, Json], *, as_json: bool) -> None:
     """What a model file holds."""
+    from sparsify_deploy.tables import Table
+
     if as_json:
         _json(found)
         return
@@ -303,11 +306,9 @@ def inspected(found: Mapping[str, Json], *, as_json: bool) -> None:
             out(f"  {key}: {value}")
         return
     columns = ("layer", "shape", "precision", "INT8 in", "INT8 out", "zeros", found["pattern"], "could", "reason")
-    table = _new_table(*columns, title=found["file"])
     yes = {True: "yes", False: "no"}
-    for layer in found["layers"]:
-        _row(
-            table,
+    rows = tuple(
+        (
             layer["layer"],
             "x".join(map(str, layer["shape"])),
             layer["precision"],
@@ -318,16 +319,9 @@ def inspected(found: Mapping[str, Json], *, as_json: bool) -> None:
             yes[layer["pattern_possible"]],
             layer["reason"],
         )
-    _table(table)
+        for layer in found["layers"]
+    )
+    _print(Table(found["file"], columns, rows))
     held = sum(layer["pattern_held"] for layer in found["layers"])
     out(f"{held} of {len(found['layers'])} layers hold {found['pattern']} in their final values")
     out("whether a builder picks a sparse kernel for them is the builder's word: it needs TensorRT on a GPU")
-
-
-def _print(table: TextTable) -> None:
-    shown = _new_table(*table.columns, title=table.title)
-    for row in table.rows:
-        _row(shown, *row)
-    _table(shown)
-    if table.how:
-        out(table.how + "\n")

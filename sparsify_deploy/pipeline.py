@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparsify_deploy.artifacts.digests import DigestCache
 from sparsify_deploy.artifacts.environment import fact
-from sparsify_deploy.artifacts.fingerprint import canonical, file_digest
+from sparsify_deploy.artifacts.fingerprint import canonical
 from sparsify_deploy.artifacts.store import ArtifactStore, Record, explained
 from sparsify_deploy.errors import DataError, EnvironmentProblem, Interrupted, UsageError
 from sparsify_deploy.menu import did_you_mean
@@ -39,7 +40,8 @@ class Outcome:
 class Fingerprints:
     """The parts of a step's fingerprint. File digests are taken once for all steps of a run."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: DigestCache) -> None:
+        self._known = known
         self._digests: dict[Path, str] = {}
 
     def parts(self, step: PlannedStep, records: Mapping[str, Record]) -> dict[str, Json]:
@@ -59,7 +61,7 @@ class Fingerprints:
     def _digest(self, name: str, path: Path) -> str:
         if path not in self._digests:
             try:
-                self._digests[path] = file_digest(path)
+                self._digests[path] = self._known.digest(path)
             except FileNotFoundError as error:
                 raise DataError(f"{name}: {path} does not exist; correct the path in the recipe") from error
             except OSError as error:
@@ -69,7 +71,7 @@ class Fingerprints:
 
 def survey(plan: Plan, store: ArtifactStore) -> list[Status]:
     """Where every step stands, without running any."""
-    prints = Fingerprints()
+    prints = Fingerprints(store.digests)
     records: dict[str, Record] = {}
     found = []
     for step in plan.steps:
@@ -115,7 +117,7 @@ def run(
     if start is not None:
         anew |= set(order[order.index(selected(plan, start)[0]) :])
     last = order.index(selected(plan, until)[-1]) if until is not None else len(order) - 1
-    prints, records, outcomes = Fingerprints(), dict[str, Record](), list[Outcome]()
+    prints, records, outcomes = Fingerprints(store.digests), dict[str, Record](), list[Outcome]()
     checked = False
     for step in plan.steps[: last + 1]:
         parts = prints.parts(step, records)
@@ -132,7 +134,7 @@ def run(
                 raise Interrupted(f"stopped before {step.id}; the same command goes on from here")
             context.progress.say(f"{step.id}: {why}")
             out, began = store.begin(step.stage.name, parts), clock()
-            inputs = {name: records[ref.step].outputs[ref.output] for name, ref in step.inputs.items()}
+            inputs = {name: store.check(records[ref.step], ref.output) for name, ref in step.inputs.items()}
             with explained(out):
                 facts = step.stage.run(inputs, out, context)
             record = store.commit(step.stage.name, parts, step.stage.outputs, facts, clock() - began)

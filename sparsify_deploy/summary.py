@@ -9,8 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
+from sparsify_deploy.artifacts.digests import DigestCache
 from sparsify_deploy.artifacts.environment import machine
-from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.pipeline import Outcome
 from sparsify_deploy.plan import Plan
 from sparsify_deploy.reports import BenchmarkReport, EngineRow, ModelReport, Row, RunReport, StepRow, dump, load
@@ -131,7 +131,7 @@ def _notes(outcome: Outcome) -> list[str]:
     return notes
 
 
-def publish(folder: Path, report: RunReport, outcomes: Sequence[Outcome], recipe: Path) -> None:
+def publish(folder: Path, report: RunReport, outcomes: Sequence[Outcome], recipe: Path, digests: DigestCache) -> None:
     """Write the reports, copy the engines and the recipe; what is there already with the same bytes stays."""
     from sparsify_deploy.tables import markdown
 
@@ -139,7 +139,7 @@ def publish(folder: Path, report: RunReport, outcomes: Sequence[Outcome], recipe
     for outcome in outcomes:
         if isinstance(outcome.step.stage, BuildEngine):
             target = (folder / _published(outcome)).parent
-            if not target.is_dir() or file_digest(target) != outcome.record.digests["engine"]:
+            if not target.is_dir() or digests.digest(target) != outcome.record.digests["engine"]:
                 _replace_folder(outcome.record.outputs["engine"], target)
     _replace_file(folder / "report.json", dump(report))
     _replace_file(folder / "report.md", markdown(report))

@@ -56,7 +56,7 @@ class Workspace:
             context = Context(progress, checkpoint_every_s, self.recipe.threads, device, stop_requested)
             outcomes = pipeline.run(self.plan, self.store, context, again=again, start=start, until=until)
             report = summarise(self.plan, outcomes, until)
-            publish(self.folder, report, outcomes, self.source)
+            publish(self.folder, report, outcomes, self.source, self.store.digests)
         return report
 
     def status(self, stage: str | None = None) -> list[pipeline.Status]:

@@ -13,20 +13,22 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from sparsify_deploy.artifacts.fingerprint import canonical, digest, file_digest, files_below
+from sparsify_deploy.artifacts.digests import DigestCache
+from sparsify_deploy.artifacts.fingerprint import canonical, digest, files_below
 from sparsify_deploy.errors import CorruptArtifact, Locked, OutOfResources, UsageError
 
 if TYPE_CHECKING:
     from sparsify_deploy.types import Facts, Json
 
 MANIFEST = "manifest.json"
+DIGESTS = "digests.json"
 PARTS = "parts.json"
 _OWN = frozenset({MANIFEST, PARTS})
 
@@ -52,11 +54,13 @@ class ArtifactStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
+        self.digests = DigestCache(self.folder / DIGESTS)
         self._verified: set[Path] = set()
 
     def find(self, stage: str, parts: Mapping[str, Json]) -> Record | None:
         """The committed result of `stage` made from `parts`, its bytes verified once a process; None: not there.
 
+        A file whose size, times and inode are those of the last hashing is not hashed again; `check` does.
         Raises `CorruptArtifact` where a file is missing or its bytes are not the ones that were committed.
         """
         final = self._final(stage, parts)
@@ -67,9 +71,14 @@ class ArtifactStore:
             raise CorruptArtifact(f"{final / MANIFEST} is the manifest of another result: {_mend(final)}")
         if final not in self._verified:
             for name, path in record.outputs.items():
-                _verify(path, record.digests[name], final)
+                _verify(self.digests.digest, path, record.digests[name], final)
             self._verified.add(final)
         return record
+
+    def check(self, record: Record, output: str) -> Path:
+        """The path of an output, hashed now, before something is made from it; raises `CorruptArtifact`."""
+        _verify(self.digests.hash, record.outputs[output], record.digests[output], record.folder)
+        return record.outputs[output]
 
     def begun(self, stage: str, parts: Mapping[str, Json]) -> bool:
         """Whether an attempt was begun and did not finish."""
@@ -97,7 +106,7 @@ class ArtifactStore:
                 "stage": stage,
                 "fingerprint": digest(parts),
                 "parts": canonical(parts),
-                "outputs": {name: _sealed(partial, file) for name, file in outputs.items()},
+                "outputs": {name: _sealed(self.digests, partial, file) for name, file in outputs.items()},
                 "measured": measured,
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "seconds": round(seconds, 3),
@@ -149,7 +158,10 @@ class ArtifactStore:
             _acquire(descriptor, self.folder)
             with explained(self.folder):
                 self._recover()
-            yield
+            try:
+                yield
+            finally:
+                self.digests.save()
         finally:
             if descriptor in _held:  # in a forked child it is closed already
                 _held.remove(descriptor)
@@ -171,6 +183,7 @@ class ArtifactStore:
             _delete(partial)
         else:
             os.rename(partial, final)
+            self.digests.moved(partial, final)
         _sync(self.folder)
 
     def _final(self, stage: str, parts: Mapping[str, Json]) -> Path:
@@ -237,9 +250,9 @@ def _mend(final: Path) -> str:
     return f"delete the folder {final}, or run its stage with --again"
 
 
-def _verify(path: Path, expected: str, final: Path) -> None:
+def _verify(hashed: Callable[[Path], str], path: Path, expected: str, final: Path) -> None:
     try:
-        actual = file_digest(path)
+        actual = hashed(path)
     except OSError as error:
         raise CorruptArtifact(f"{path} cannot be read ({error.strerror or error}): {_mend(final)}") from error
     if actual != expected:
@@ -268,19 +281,18 @@ def _record(final: Path) -> Record:
         raise CorruptArtifact(f"{path} cannot be read ({error!r}): {_mend(final)}") from error
 
 
-def _sealed(partial: Path, file: str) -> dict[str, Json]:
-    """Hash an output and bring it to the disk, folders with all that is in them."""
+def _sealed(digests: DigestCache, partial: Path, file: str) -> dict[str, Json]:
+    """Bring an output to the disk, folders with all that is in them, and hash it."""
     name = PurePosixPath(file)
     inside = not name.is_absolute() and ".." not in name.parts and name.parts
     assert inside, f"output {file!r} lies outside its folder"
     assert file not in _OWN, f"output name {file!r} is taken by the store"
     path = partial / name
-    sha256 = file_digest(path)
     files = [path / inner for inner in files_below(path)] if path.is_dir() else [path]
     folders = {parent for one in files for parent in one.parents if partial in parent.parents}
     for one in (*files, *sorted(folders, reverse=True)):
         _sync(one)
-    return {"file": str(name), "sha256": sha256, "bytes": sum(one.stat().st_size for one in files)}
+    return {"file": str(name), "sha256": digests.hash(path), "bytes": sum(one.stat().st_size for one in files)}
 
 
 def _drop_others(folder: Path, keep: set[PurePosixPath], prefix: str = "") -> None:

@@ -150,7 +150,7 @@ def test_bytes_are_read_once_a_process(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(path: Path) -> str:
         raise AssertionError(f"{path} was read again")
 
-    monkeypatch.setattr("sparsify_deploy.artifacts.store.file_digest", fail)
+    monkeypatch.setattr("sparsify_deploy.artifacts.digests.file_digest", fail)
     assert store.find("train", PARTS) is not None
     assert maker.find("train", PARTS) is not None
     with pytest.raises(AssertionError, match="read again"):

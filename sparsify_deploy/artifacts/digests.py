@@ -1,0 +1,88 @@
+"""Digests of files that have not changed since they were last hashed, told from size, times and inode as git does."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsify_deploy.artifacts.fingerprint import file_digest, files_below
+
+if TYPE_CHECKING:
+    from sparsify_deploy.types import Json
+
+_COARSEST_CLOCK_NS = 10_000_000
+"""File times may be this coarse: a file changed that shortly before it was hashed could change again unseen."""
+
+
+class DigestCache:
+    """sha256 of files and folders by path, kept in `file`. A file whose stamp differs is hashed again."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._known: dict[str, Json] | None = None
+        self._changed = False
+
+    def digest(self, path: Path) -> str:
+        """`file_digest(path)`, read from memory where nothing changed. Raises `OSError` as that does."""
+        stamp = _stamp(path)
+        entry = self._entries().get(str(path.absolute()))
+        if entry is not None and entry["stamp"] == stamp:
+            return str(entry["sha256"])
+        return self.hash(path)
+
+    def hash(self, path: Path) -> str:
+        """`file_digest(path)`, read now and remembered. Raises `OSError`."""
+        before, began = _stamp(path), time.time_ns()
+        sha256 = file_digest(path)
+        newest = max((max(modified, changed) for _, modified, changed, _ in before), default=0)
+        if _stamp(path) == before and newest < began - _COARSEST_CLOCK_NS:
+            self._entries()[str(path.absolute())] = {"stamp": before, "sha256": sha256}
+            self._changed = True
+        return sha256
+
+    def moved(self, old: Path, new: Path) -> None:
+        """A folder was renamed, which changes no file in it."""
+        entries, prefix = self._entries(), f"{old.absolute()}{os.sep}"
+        for name in [name for name in entries if name.startswith(prefix)]:
+            entries[str(new.absolute() / name[len(prefix) :])] = entries.pop(name)
+            self._changed = True
+
+    def save(self) -> None:
+        """Write what is known of files that still exist."""
+        if not self._changed:
+            return
+        kept = {name: entry for name, entry in self._entries().items() if os.path.exists(name)}
+        partial = self._file.with_name(f"{self._file.name}.partial")
+        partial.write_text(json.dumps(kept, sort_keys=True), encoding="utf-8")
+        os.replace(partial, self._file)
+        self._changed = False
+
+    def _entries(self) -> dict[str, Json]:
+        if self._known is None:
+            self._known = _read(self._file)
+        return self._known
+
+
+def _read(file: Path) -> dict[str, Json]:
+    """The saved entries; none where the file is missing or damaged, for all in it can be computed again."""
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        return {
+            str(name): {"stamp": [list(map(int, one)) for one in entry["stamp"]], "sha256": str(entry["sha256"])}
+            for name, entry in entries.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _stamp(path: Path) -> list[list[int]]:
+    """Size, times of change (ns) and inode of a file, or of every file in a folder in the order of their names."""
+    files = [path / name for name in files_below(path)] if path.is_dir() else [path]
+    found = []
+    for file in files:
+        status = file.stat()
+        found.append([status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino])
+    return found
