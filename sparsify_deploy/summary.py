@@ -53,7 +53,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], until: str | None) -> Run
         engines=engines,
         benchmarks=benchmarks,
         gates=gates(evidence, limits.model_dump(exclude={"metric"})) if until is None else (),
-        notes=tuple(note for outcome in outcomes for note in _notes(outcome)),
+        notes=(*(note for outcome in outcomes for note in _notes(outcome)), *_race_notes(benchmarks)),
         verdict=verdict(evidence, limits.max_drop),
         steps=tuple(
             StepRow(o.step.id, "ran" if o.ran else "cached", o.record.seconds, o.record.fingerprint, o.why)
@@ -128,6 +128,24 @@ def _notes(outcome: Outcome) -> list[str]:
     ]
     if reason := facts.get("not_run"):
         notes.append(f"{name}: not run here: {reason}")
+    return notes
+
+
+def _race_notes(benchmarks: Sequence[BenchmarkReport]) -> list[str]:
+    """Where a runtime made an INT8 model slower than the float one it came from, and the usual reason."""
+    notes = []
+    for benchmark in benchmarks:
+        for race in benchmark.races:
+            for label in race.labels:
+                if not label.endswith("INT8") or (found := race.compare(label, race.labels[0])).claim != "slower":
+                    continue
+                notes.append(
+                    f"benchmark/{benchmark.runtime}: {label} is {found.median:.2f}x of {race.labels[0]} at batch "
+                    f"{race.batch_size}, slower: this file's Q/DQ is placed for TensorRT and OpenVINO"
+                    if benchmark.runtime == "onnxruntime"
+                    else f"benchmark/{benchmark.runtime}: {label} is slower than {race.labels[0]} at batch "
+                    f"{race.batch_size} ({found.median:.2f}x)"
+                )
     return notes
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sparsify_deploy.reports import BenchmarkReport, ModelReport, Row, RunReport
+from sparsify_deploy.reports import BenchmarkReport, Row, RunReport
 from sparsify_deploy.timing import Race
 
 
@@ -59,16 +59,19 @@ def waterfall(report: RunReport) -> Table:
     race = report.benchmarks[0].races[0] if report.benchmarks and report.benchmarks[0].races else None
     start = next((row.label for row in report.rows if row.label == "dense FP32"), None)
     runtime = report.rows[0].model.runtime if report.rows else None
-    size = report.rows[0].model.latency[0].batch_size if report.rows and report.rows[0].model.latency else None
     how = (
         f"{report.metric}: torch, all {report.rows[0].model.examples if report.rows else 0} test examples. "
         "Sparsity: asked / zeros in the ONNX file / what 2:4 hardware can skip. "
         "ONNX: bytes on disk. Weights: computed at the layer's precision, 2:4 layers compressed with metadata. "
     )
-    if size is not None:
-        how += f"Latency: {runtime}, batch {size}, wall time, each model timed alone after its stage. "
     if race is not None:
-        how += f"Speed-up: all models interleaved, {race.clock}, median over rounds with 95 % interval, over {start}. "
+        how += (
+            f"Latency: {runtime}, batch {race.batch_size}, wall time, all models interleaved. "
+            f"Speed-up: the same rounds, {race.clock}, median with 95 % interval, over {start}. "
+        )
+    elif report.rows and report.rows[0].model.latency:
+        size = report.rows[0].model.latency[0].batch_size
+        how += f"Latency: {runtime}, batch {size}, wall time, each model timed alone after its stage. "
     how += "FLOPs: of this stage's training, relative to the same steps dense."
     columns = ("model", report.metric, "sparsity asked/measured/usable", "ONNX", "weights", "p50 / p90 / p99 ms")
     return Table(
@@ -96,7 +99,7 @@ def _waterfall_row(report: RunReport, row: Row, race: Race | None, start: str | 
         f"{asked} / {model.sparsity:.1%} / {model.usable_sparsity:.1%}",
         kib(model.onnx_bytes),
         kib(model.bytes_compressed),
-        _latency(model),
+        _latency(row, race),
         speed,
         str(row.optimizer_steps) if row.optimizer_steps is not None else "-",
         f"{row.flops:.2f}x" if row.flops is not None else "-",
@@ -104,10 +107,14 @@ def _waterfall_row(report: RunReport, row: Row, race: Race | None, start: str | 
     )
 
 
-def _latency(model: ModelReport) -> str:
-    if not model.latency:
+def _latency(row: Row, race: Race | None) -> str:
+    """From the race where the model took part, else as it was timed after its stage."""
+    if race is not None and row.label in race.labels:
+        first = race.latencies[row.label]
+    elif row.model.latency:
+        first = row.model.latency[0]
+    else:
         return "-"
-    first = model.latency[0]
     return f"{first.p50_ms:.3f} / {first.p90_ms:.3f} / {first.p99_ms:.3f}"
 
 

@@ -130,8 +130,12 @@ def _int8(evidence: Evidence) -> str:
     race = evidence.race
     if race is None or final is None or start is None or start.label not in race.labels or final.label == start.label:
         return ""
-    found = race.compare(final.label, start.label)
-    return f"{final.label} against {start.label} is {times(found)} here ({_setting(evidence)})"
+    text = f"{final.label} against {start.label} is {times(race.compare(final.label, start.label))} here"
+    others = "".join(
+        f", {other.compare(final.label, start.label).median:.2f}x at batch {other.batch_size}"
+        for other in evidence.benchmarks[0].races[1:]
+    )
+    return f"{text} ({_setting(evidence)}{others})"
 
 
 def _sparse(evidence: Evidence) -> str:
