@@ -16,7 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return cli.call(arguments)
+        code = cli.call(arguments)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return _fail(["interrupted; what is finished is kept, the same command goes on"], Interrupted.exit_code)
     except Exception as error:

@@ -21,6 +21,9 @@ app = typer.Typer(
 # Newer versions of typer carry a click of their own, so the class is taken from where typer has it.
 _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
+_CTRL_C = 130
+"""What typer returns where a verb was interrupted."""
+
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe, a YAML file")]
 Sets = Annotated[
     list[str] | None,
@@ -51,11 +54,15 @@ def call(arguments: Sequence[str]) -> int:
         result = app(list(arguments), standalone_mode=False, prog_name="sparsify-deploy")
     except typer.Abort:
         raise KeyboardInterrupt from None
+    except SystemExit:  # typer ends the process itself where the reader of a pipe is gone
+        raise BrokenPipeError from None
     except _ClickException as error:
         console.error(error.format_message())
         if (context := getattr(error, "ctx", None)) is not None:
             console.error(f"try: {context.command_path} --help")
         return 2
+    if result == _CTRL_C:
+        raise KeyboardInterrupt
     return result if isinstance(result, int) else 0
 
 
@@ -75,7 +82,7 @@ def _options(
     pass
 
 
-@app.command()
+@app.command(short_help="Take a recipe to its engines, skipping what is done.")
 def run(
     recipe: RecipeFile,
     sets: Sets = None,
@@ -107,7 +114,7 @@ def run(
     return workspace.exit_code(report)
 
 
-@app.command()
+@app.command(short_help="Check a recipe and name every mistake.")
 def validate(recipe: RecipeFile, sets: Sets = None, as_json: AsJson = False) -> None:
     """Check a recipe and name every mistake; needs neither torch nor the data."""
     from sparsify_deploy import recipe_source
@@ -115,7 +122,7 @@ def validate(recipe: RecipeFile, sets: Sets = None, as_json: AsJson = False) -> 
     console.validated(recipe, recipe_source.load(recipe, sets or ()), as_json=as_json)
 
 
-@app.command()
+@app.command(short_help="Dry run: what would run and why, cost, eligible layers.")
 def plan(
     recipe: RecipeFile,
     sets: Sets = None,
@@ -131,7 +138,7 @@ def plan(
     console.forecast(forecast, as_json=as_json)
 
 
-@app.command()
+@app.command(short_help="Show which steps of a recipe are done.")
 def status(
     recipe: RecipeFile, sets: Sets = None, run_dir: RunDir = None, store: Store = None, as_json: AsJson = False
 ) -> None:
@@ -141,7 +148,7 @@ def status(
     console.status(workspace.open_run(recipe, sets or (), run_dir, store).status(), as_json=as_json)
 
 
-@app.command()
+@app.command(short_help="Say which field makes a stage run again.")
 def explain(
     recipe: RecipeFile,
     stage: Annotated[str | None, typer.Argument(help="one step or stage; default all")] = None,
@@ -157,7 +164,7 @@ def explain(
     console.explained(found, as_json=as_json)
 
 
-@app.command()
+@app.command(short_help="Print the report of a finished run.")
 def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a run directory, such as runs/digits")],
     as_json: AsJson = False,
@@ -170,7 +177,7 @@ def report(
     return workspace.exit_code(found)
 
 
-@app.command(name="list")
+@app.command(name="list", short_help="List what a recipe may name.")
 def list_(
     which: Annotated[
         str | None, typer.Argument(metavar="[MENU]", help="one menu, such as methods; default all")
@@ -187,7 +194,7 @@ def list_(
     console.menus({m: {n: menu.summary(m, n) for n in menu.names(m)} for m in chosen}, as_json=as_json)
 
 
-@app.command()
+@app.command(short_help="Build an engine from an ONNX file.")
 def build(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="an ONNX file")],
     runtime: Annotated[str, typer.Option(help="see: list runtimes")] = "openvino",
@@ -203,14 +210,14 @@ def build(
     console.built(deploy.build(model, runtime, output, sets or ()), as_json=as_json)
 
 
-@app.command()
+@app.command(short_help="Time engines or ONNX files against each other.")
 def bench(
     models: Annotated[
         list[Path], typer.Argument(metavar="FILE...", help="engines or ONNX files; the first is the baseline")
     ],
     runtime: Annotated[str, typer.Option(help="what ONNX files run in; see: list runtimes")] = "openvino",
     batch: Annotated[str, typer.Option(metavar="N[,N...]", help="batch sizes")] = "1",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads")] = 1,
     rounds: Annotated[int, typer.Option(min=5, help="interleaved rounds")] = 20,
     round_ms: Annotated[float, typer.Option(min=1, help="time for each file in a round, ms")] = 30.0,
     trust_engine: TrustEngine = False,
@@ -234,7 +241,7 @@ def bench(
     console.raced(result, as_json=as_json)
 
 
-@app.command()
+@app.command(short_help="Show each layer's pattern and whether hardware could use it.")
 def inspect(
     model: Annotated[Path, typer.Argument(metavar="FILE", help="an ONNX file or an engine")],
     pattern: Annotated[str, typer.Option(metavar="N:M", help="the pattern looked for")] = "2:4",
@@ -247,7 +254,7 @@ def inspect(
     console.inspected(deploy.inspect(model, pattern, trust=trust_engine), as_json=as_json)
 
 
-@app.command()
+@app.command(short_help="Check this machine and say what to install for what.")
 def doctor(as_json: AsJson = False) -> None:
     """Check this machine: packages, extras, devices, and what to install for what. Needs no torch."""
     from sparsify_deploy.doctor import diagnose
@@ -255,7 +262,7 @@ def doctor(as_json: AsJson = False) -> None:
     console.diagnosis(diagnose(), as_json=as_json)
 
 
-@app.command()
-def version() -> None:
+@app.command(short_help="Print the version.")
+def version(as_json: AsJson = False) -> None:
     """Print the version."""
-    console.out(f"sparsify-deploy {__version__}")
+    console.version(__version__, as_json=as_json)

@@ -107,7 +107,7 @@ class _Lines:
         from time import monotonic
 
         now = monotonic()
-        if label != self._label:
+        if label != self._label or done < self._first:
             self._label, self._began, self._last, self._first = label, now, now, done
         if now - self._last < self._every_s:
             return
@@ -147,6 +147,14 @@ class _Bars:
         from rich.text import Text
 
         self._bars.console.print(Text(message), soft_wrap=True)
+
+
+def version(number: str, *, as_json: bool) -> None:
+    """The program's version."""
+    if as_json:
+        _json({"version": number})
+    else:
+        out(f"sparsify-deploy {number}")
 
 
 def menus(found: Mapping[str, Mapping[str, str]], *, as_json: bool) -> None:

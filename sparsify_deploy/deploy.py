@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from sparsify_deploy import menu
-from sparsify_deploy.errors import DataError, RuntimeUnavailable, UsageError
+from sparsify_deploy.errors import CorruptArtifact, DataError, RuntimeUnavailable, UsageError
 from sparsify_deploy.timing import Race, race
 from sparsify_deploy.types import BuildNotes, IOTensor, Json, Progress, Session
 
@@ -77,8 +76,8 @@ def bench(
     labels = [path.name if len(short) == len(models) else str(path) for path in models]
     with TemporaryDirectory(prefix="sparsify-deploy-") as scratch:
         files = [
-            _openable(path, label, runtime, trust, Path(scratch) / label.replace(os.sep, "_"))
-            for path, label in zip(models, labels, strict=True)
+            _openable(path, label, runtime, trust, Path(scratch) / str(i))
+            for i, (path, label) in enumerate(zip(models, labels, strict=True))
         ]
         races = []
         for done, size in enumerate(batch_sizes):
@@ -128,7 +127,7 @@ def inspect(model: Path, pattern: str, *, trust: bool) -> Json:
                 "pattern_possible": possible.ok,
                 "pattern_held": possible.ok and violations(layer.values, n, m) == 0,
                 "rule_of_thumb": rule.ok,
-                "reason": rule.reason if possible.ok else possible.reason,
+                "reason": eligibility.explained(layer.shape, layer.groups, m),
             }
         )
     return {"file": str(model), "runtime": None, "metadata": None, "pattern": pattern, "layers": rows}
@@ -136,7 +135,7 @@ def inspect(model: Path, pattern: str, *, trust: bool) -> Json:
 
 def _pattern(text: str) -> tuple[int, int]:
     n, _, m = text.partition(":")
-    if not (n.isdigit() and m.isdigit() and 0 < int(n) < int(m) <= 16):
+    if not (n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m) <= 16):
         raise UsageError(f"--pattern {text}: expected N:M with N below M and M at most 16, as in 2:4")
     return int(n), int(m)
 
@@ -193,7 +192,7 @@ def _openable(path: Path, label: str, runtime: str, trust: bool, scratch: Path) 
         runtime = runtime_of(path)
         metadata = check(path, trust=trust)
     chosen = _runtime(runtime)
-    params = chosen.Params.model_validate(metadata["params"], strict=False) if metadata else chosen.Params()
+    params = _recorded(path, chosen, metadata) if metadata is not None else chosen.Params()
     if (reason := chosen.unavailable_reason() or chosen.cannot_run_reason()) is not None:
         raise RuntimeUnavailable(reason)
     if is_onnx:
@@ -202,6 +201,15 @@ def _openable(path: Path, label: str, runtime: str, trust: bool, scratch: Path) 
         chosen.build(path, engine, params)
         return _File(label, engine, runtime, params)
     return _File(label, path, runtime, params)
+
+
+def _recorded(engine: Path, runtime: Any, metadata: Mapping[str, Json]) -> BaseModel:
+    """The parameters an engine was built with, from the record beside it."""
+    try:
+        found: BaseModel = runtime.Params.model_validate(metadata["params"], strict=False)
+    except (KeyError, ValidationError):
+        raise CorruptArtifact(f"{engine}: the record beside it names no parameters: build the engine again") from None
+    return found
 
 
 @contextmanager
@@ -218,6 +226,8 @@ def _ready(file: _File, batch: int, threads: int) -> Iterator[Session]:
 
 def _shape(tensor: IOTensor, batch: int, path: str) -> tuple[int, ...]:
     """The tensor's shape with the batch on axis 0; every other axis must be fixed."""
+    if not tensor.shape:
+        raise DataError(f"{path}: input {tensor.name} has no batch axis, which timing needs")
     first, *rest = tensor.shape
     if None in rest:
         raise DataError(f"{path}: input {tensor.name} has a dynamic axis besides the batch: fix it in the export")

@@ -65,7 +65,7 @@ class Fingerprints:
             except FileNotFoundError as error:
                 raise DataError(f"{name}: {path} does not exist; correct the path in the recipe") from error
             except OSError as error:
-                raise DataError(f"{name}: {path} cannot be read: {error.strerror}") from error
+                raise DataError(f"{name}: {path} cannot be read: {error.strerror or error}") from error
         return self._digests[path]
 
 
@@ -110,22 +110,26 @@ def run(
     """Bring every step up to date, in order.
 
     `again` runs these stages although they are cached, `start` that stage and all after it; what follows a stage runs
-    again only if its input changed. `until` ends after the last step of that stage. A failing step is not committed.
+    again only if its input changed. `until` ends after the last step of that stage and the report on it. A failing step
+    is not committed.
     """
     order = [step.id for step in plan.steps]
     anew = {identifier for name in again for identifier in selected(plan, name)}
     if start is not None:
         anew |= set(order[order.index(selected(plan, start)[0]) :])
     last = order.index(selected(plan, until)[-1]) if until is not None else len(order) - 1
+    while last + 1 < len(order) and order[last + 1] == f"{order[last]}.report":
+        last += 1
     prints, records, outcomes = Fingerprints(store.digests), dict[str, Record](), list[Outcome]()
     checked = False
     for step in plan.steps[: last + 1]:
         parts = prints.parts(step, records)
-        record = None if step.id in anew else store.find(step.stage.name, parts)
+        made = next((o.record for o in outcomes if o.ran and o.record.parts == parts), None)
+        record = made or (None if step.id in anew else store.find(step.stage.name, parts))
         why = ""
         if record is None:
             if not checked:
-                check_environment(plan.steps[order.index(step.id) : last + 1])
+                check_before_running(plan.steps[order.index(step.id) : last + 1])
                 checked = True
             why = "asked for" if step.id in anew else store.reason(step.id, parts)
             if step.id in anew and not store.begun(step.stage.name, parts):
@@ -145,8 +149,10 @@ def run(
     return outcomes
 
 
-def check_environment(steps: Sequence[PlannedStep]) -> None:
-    """Before anything runs: name all that this machine lacks for these steps, one line each."""
+def check_before_running(steps: Sequence[PlannedStep]) -> None:
+    """Before anything runs: name all that this machine lacks for these steps, and what cannot work in any of them."""
     unmet = dict.fromkeys(line for step in steps for line in step.stage.unmet())
     if unmet:
         raise EnvironmentProblem("\n".join(unmet))
+    for step in steps:
+        step.stage.preflight()

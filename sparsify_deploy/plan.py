@@ -95,7 +95,8 @@ def plan(recipe: Recipe) -> Plan:
     branches = [_branch(recipe, subject, "dense")] if recipe.dense_branch or not _is_sparse(recipe) else []
     if _is_sparse(recipe):
         branches.append(_branch(recipe, subject, "sparse"))
-    steps = [step for branch in branches for step in branch.steps]
+    # A mask costs little, and what is wrong with a network or a recipe should not show after a branch has trained.
+    steps = sorted((step for branch in branches for step in branch.steps), key=lambda s: s.stage.name != "init_mask")
     rows = [row for branch in branches for row in branch.rows]
     if recipe.deploy:
         steps += [_race(recipe, subject, branches, target.runtime, i) for i, target in enumerate(recipe.deploy)]
@@ -117,7 +118,11 @@ def _branch(recipe: Recipe, subject: Subject, name: str) -> _Branch:
         branch.add(InitMask(subject, recipe.init, recipe.sparsity, batch_size))
     if recipe.train is not None:
         settings = recipe.training_for(recipe.train.training)
-        fit = Fit(recipe.train.method, recipe.train.params, settings, stream=0) if sparse else hold(False, settings, 0)
+        fit = (
+            Fit(recipe.train.method, recipe.train.params, settings, "train")
+            if sparse
+            else hold(False, settings, "train")
+        )
         branch.add(Train(subject, fit))
         if fit.method != "dense":
             branch.measure("train", "sparse FP32", None, None)
@@ -131,7 +136,7 @@ def _branch(recipe: Recipe, subject: Subject, name: str) -> _Branch:
             branch.add(ProjectNM(subject, nm, training, batch_size))
             branch.measure("project_nm", f"{pattern} FP32", nm, None)
         elif training is not None:
-            branch.add(Train(subject, hold(False, training, stream=1)), "fine_tune")
+            branch.add(Train(subject, hold(False, training, "fine_tune")), "fine_tune")
             branch.measure("fine_tune", "dense FP32, fine-tuned", None, None)
     if recipe.quantize is not None:
         training = recipe.training_for(recipe.quantize.qat) if recipe.quantize.qat else None
@@ -152,8 +157,9 @@ def _race(recipe: Recipe, subject: Subject, branches: list[_Branch], runtime: st
     for branch in branches:
         engine = f"{branch.name}_engine"
         inputs[engine] = Ref(f"{branch.name}/build_engine.{runtime}", "engine")
-        rows = branch.rows if index == 0 else [row for row in branch.rows if row.label == "dense FP32"]
-        for row in rows[:-1] if rows is branch.rows else rows:
+        for row in branch.rows[:-1]:
+            if index > 0 and row.label != "dense FP32":
+                continue
             variants.append(Variant(row.label, row.id, "onnx"))
             inputs[row.id] = Ref(row.id, "measured_onnx")
         variants.append(Variant(branch.rows[-1].label if branch.rows else branch.name, engine, "engine"))

@@ -202,7 +202,7 @@ class Benchmark(Section):
     rounds: int = Field(20, ge=5, description="interleaved rounds")
     round_ms: Positive = Field(30.0, description="time spent on each variant in a round, ms")
     warmup_ms: Positive = Field(200.0, description="warm-up of each variant, ms")
-    threads: int = Field(1, ge=1, description="CPU threads of the runtime while timing")
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads of the runtime while timing")
 
 
 class Gates(Section):
@@ -233,7 +233,7 @@ class Recipe(Section):
     version: Literal[1]
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="none: the file's name")
     seed: int = Field(0, ge=0, lt=2**31)
-    threads: int | None = Field(None, ge=1, description="torch threads; none: all cores this process may use")
+    threads: int | None = Field(None, ge=1, le=1024, description="torch threads; none: all cores this process may use")
     sparsity: Fraction | None = Field(None, description="share of the prunable weights dropped by init and train")
     dense_branch: bool = Field(True, description="also train, quantise, build and time the dense twin")
     store: InputPath | None = Field(None, description="an artifact store shared with other recipes")
@@ -295,6 +295,8 @@ def _deploy_mistakes(recipe: Recipe) -> Iterator[Mistake]:
     for i, name in enumerate(names):
         if name in names[:i]:
             yield ("deploy", i, "runtime"), f"{name} is there twice: name each runtime once"
+    if len(set(recipe.benchmark.batch_sizes)) < len(recipe.benchmark.batch_sizes):
+        yield ("benchmark", "batch_sizes"), "names a size twice: each once"
     if not recipe.export.dynamic_batch and recipe.benchmark.batch_sizes != (1,):
         yield ("benchmark", "batch_sizes"), "export.dynamic_batch false fixes the batch at 1: give [1]"
 

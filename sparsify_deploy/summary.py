@@ -16,6 +16,7 @@ from sparsify_deploy.plan import Plan
 from sparsify_deploy.reports import BenchmarkReport, EngineRow, ModelReport, Row, RunReport, StepRow, dump, load
 from sparsify_deploy.stages.benchmark import BenchmarkEngines
 from sparsify_deploy.stages.build_engine import BuildEngine, engine_file
+from sparsify_deploy.stages.export_onnx import ExportOnnx
 from sparsify_deploy.types import Json
 from sparsify_deploy.verdict import Evidence, gates, verdict
 
@@ -42,6 +43,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], until: str | None) -> Run
         sparse=sparse[-1] if sparse else None,
         engines=engines,
         benchmarks=benchmarks,
+        collapsed=tuple(name for outcome in outcomes for name in outcome.record.measured.get("collapsed", ())),
     )
     return RunReport(
         recipe=plan.recipe.name or "",
@@ -122,7 +124,7 @@ def _notes(outcome: Outcome) -> list[str]:
         notes.append(f"{name}: {facts['projected']} of {len(layers)} layers projected on {facts['pattern']}")
     notes += [f"{name}: {row['layer']} not projected: {row['reason']}" for row in layers if not row["projected"]]
     notes += [
-        f"{name}: {row['layer']} not quantised: {row['rule']}"
+        f"{name}: {row['name']} not quantised: {row['rule']}"
         for row in facts.get("placement", ())
         if not row["quantised"]
     ]
@@ -136,7 +138,7 @@ def _race_notes(benchmarks: Sequence[BenchmarkReport]) -> list[str]:
     notes = []
     for benchmark in benchmarks:
         for race in benchmark.races:
-            for label in race.labels:
+            for label in race.labels[1:]:
                 if not label.endswith("INT8") or (found := race.compare(label, race.labels[0])).claim != "slower":
                     continue
                 notes.append(
@@ -149,19 +151,37 @@ def _race_notes(benchmarks: Sequence[BenchmarkReport]) -> list[str]:
     return notes
 
 
-def publish(folder: Path, report: RunReport, outcomes: Sequence[Outcome], recipe: Path, digests: DigestCache) -> None:
-    """Write the reports, copy the engines and the recipe; what is there already with the same bytes stays."""
+def publish(
+    folder: Path,
+    report: RunReport,
+    outcomes: Sequence[Outcome],
+    recipe: Path,
+    digests: DigestCache,
+    sets: Sequence[str] = (),
+) -> None:
+    """Write the reports, copy ONNX files, engines and the recipe; what is there with the same bytes stays."""
     from sparsify_deploy.tables import markdown
 
     folder.mkdir(parents=True, exist_ok=True)
     for outcome in outcomes:
+        if isinstance(outcome.step.stage, ExportOnnx):
+            _copy_onnx(outcome, folder / "onnx" / outcome.step.id.partition("/")[0] / "model.onnx", digests)
         if isinstance(outcome.step.stage, BuildEngine):
             target = (folder / _published(outcome)).parent
             if not target.is_dir() or digests.digest(target) != outcome.record.digests["engine"]:
                 _replace_folder(outcome.record.outputs["engine"], target)
     _replace_file(folder / "report.json", dump(report))
     _replace_file(folder / "report.md", markdown(report))
-    _replace_file(folder / "recipe.yaml", recipe.read_text(encoding="utf-8"))
+    text = recipe.read_text(encoding="utf-8") + "".join(f"# run with --set {change}\n" for change in sets)
+    _replace_file(folder / "recipe.yaml", text)
+
+
+def _copy_onnx(outcome: Outcome, target: Path, digests: DigestCache) -> None:
+    if not target.is_file() or digests.digest(target) != outcome.record.digests["onnx"]:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        shutil.copyfile(outcome.record.outputs["onnx"], partial)
+        os.replace(partial, target)
 
 
 def _replace_file(path: Path, text: str) -> None:

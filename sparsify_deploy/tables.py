@@ -47,7 +47,8 @@ def _lines(report: RunReport) -> Iterator[str]:
     yield "## Steps\n"
     yield "| step | state | s | fingerprint | why |\n| --- | --- | --- | --- | --- |"
     for step in report.steps:
-        yield f"| {step.id} | {step.state} | {step.seconds:.1f} | {step.fingerprint[:12]} | {step.why} |"
+        cells = (step.id, step.state, f"{step.seconds:.1f}", step.fingerprint[:12], step.why)
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
     yield "\n## Machine\n"
     for name, value in sorted(report.machine.items()):
         shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
@@ -57,7 +58,7 @@ def _lines(report: RunReport) -> Iterator[str]:
 def waterfall(report: RunReport) -> Table:
     """One row a model: accuracy, sparsity, size, latency, training cost."""
     race = report.benchmarks[0].races[0] if report.benchmarks and report.benchmarks[0].races else None
-    start = next((row.label for row in report.rows if row.label == "dense FP32"), None)
+    start = race.labels[0] if race is not None else "dense FP32"
     runtime = report.rows[0].model.runtime if report.rows else None
     how = (
         f"{report.metric}: torch, all {report.rows[0].model.examples if report.rows else 0} test examples. "
@@ -82,7 +83,7 @@ def waterfall(report: RunReport) -> Table:
     )
 
 
-def _waterfall_row(report: RunReport, row: Row, race: Race | None, start: str | None) -> tuple[str, ...]:
+def _waterfall_row(report: RunReport, row: Row, race: Race | None, start: str) -> tuple[str, ...]:
     model = row.model
     asked = f"{model.sparsity_asked:.0%}" if model.sparsity_asked is not None else "-"
     speed = "-"

@@ -32,6 +32,7 @@ class Evidence:
     sparse: Row | None
     engines: tuple[EngineRow, ...]
     benchmarks: tuple[BenchmarkReport, ...]
+    collapsed: tuple[str, ...] = ()
 
     @property
     def race(self) -> Race | None:
@@ -58,7 +59,7 @@ def gates(evidence: Evidence, limits: Mapping[str, float | None]) -> tuple[Gate,
     found = []
     if (limit := limits.get("max_drop")) is not None:
         drop = evidence.drop(evidence.value(final, branch)) if final else None
-        how = f"{evidence.metric} of dense FP32 minus that of the final model, on all test examples"
+        how = f"how much worse the final model's {evidence.metric} is than dense FP32's, on all test examples"
         found.append(Gate("max_drop", limit, drop, None if drop is None else drop <= limit, how))
     if (limit := limits.get("min_speedup")) is not None:
         ratio = twin(evidence)
@@ -91,8 +92,15 @@ def verdict(evidence: Evidence, max_drop: float | None) -> str:
     if evidence.dense is None and evidence.sparse is None:
         return "Verdict: none, the run stopped before a final model."
     if evidence.race is None:
-        return f"Verdict: none on latency: {_why_no_race(evidence)}. {_accuracy(evidence)}"
-    parts = [f"ship the {_choice(evidence, max_drop)} model", _int8(evidence), _sparse(evidence), _accuracy(evidence)]
+        parts = [f"none on latency: {_why_no_race(evidence)}", _accuracy(evidence), _collapse(evidence)]
+        return "Verdict: " + "; ".join(part for part in parts if part) + "."
+    parts = [
+        _choice(evidence, max_drop),
+        _int8(evidence),
+        _sparse(evidence),
+        _accuracy(evidence),
+        _collapse(evidence),
+    ]
     return "Verdict: " + "; ".join(part for part in parts if part) + "."
 
 
@@ -106,6 +114,8 @@ def _choice(evidence: Evidence, max_drop: float | None) -> str:
     """The simplest model that holds the accuracy gate and that no other acceptable one beats beyond the noise."""
     race = evidence.race
     assert race is not None
+    if evidence.dense_start is None:
+        return "no recommendation, for there is no dense twin to compare with (dense_branch is off)"
     chosen: str | None = None
     for row, branch in ((evidence.dense_start, None), (evidence.dense, "dense"), (evidence.sparse, "sparse")):
         if row is None or row.label not in race.labels:
@@ -115,7 +125,7 @@ def _choice(evidence: Evidence, max_drop: float | None) -> str:
             continue
         if chosen is None or (row.label != chosen and race.compare(row.label, chosen).claim == "faster"):
             chosen = row.label
-    return chosen or "dense FP32"
+    return f"ship the {chosen} model" if chosen else "no model holds the accuracy gate"
 
 
 def _setting(evidence: Evidence) -> str:
@@ -175,3 +185,7 @@ def _accuracy(evidence: Evidence) -> str:
     if evidence.dense_start is not None and evidence.dense_start.label != final.label:
         parts.append(f"{evidence.dense_start.model.metrics[evidence.metric]:.4f} {evidence.dense_start.label}")
     return ", ".join(parts)
+
+
+def _collapse(evidence: Evidence) -> str:
+    return f"layer collapse: no weight is left in {', '.join(evidence.collapsed)}" if evidence.collapsed else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ class Workspace:
     folder: Path
     store: ArtifactStore
     source: Path
+    sets: tuple[str, ...] = ()
 
     def run(
         self,
@@ -56,7 +58,7 @@ class Workspace:
             context = Context(progress, checkpoint_every_s, self.recipe.threads, device, stop_requested)
             outcomes = pipeline.run(self.plan, self.store, context, again=again, start=start, until=until)
             report = summarise(self.plan, outcomes, until)
-            publish(self.folder, report, outcomes, self.source, self.store.digests)
+            publish(self.folder, report, outcomes, self.source, self.store.digests, sets=self.sets)
         return report
 
     def status(self, stage: str | None = None) -> list[pipeline.Status]:
@@ -69,7 +71,7 @@ class Workspace:
         steps = pipeline.survey(self.plan, self.store)
         pending = [s for s in steps if s.state != "cached"]
         missing = tuple(dict.fromkeys(line for s in pending for line in s.step.stage.unmet()))
-        able = not any("torch" in line for line in missing)
+        able = importlib.util.find_spec("torch") is not None and not missing
         estimates = [s.step.stage.estimate() if able and s.state != "cached" else None for s in steps]
         layers = forecast_layers(self.plan.subject, self.recipe.nm) if able else ()
         return Forecast(tuple(zip(steps, estimates, strict=True)), layers, missing)
@@ -90,7 +92,9 @@ def open_run(
         named = " and ".join(f"{section}.source file" for section in sections)
         raise UsageError(f"{source}: {named} runs Python code the recipe names: read that file, then add --trust-code")
     folder = run_dir or Path("runs") / (recipe.name or source.stem)
-    return Workspace(recipe, plan, folder, ArtifactStore(store or recipe.store or folder / "store"), source)
+    return Workspace(
+        recipe, plan, folder, ArtifactStore(store or recipe.store or folder / "store"), source, tuple(sets)
+    )
 
 
 def read_report(folder: Path) -> RunReport:

@@ -30,6 +30,19 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 DIGESTS = "digests.json"
 PARTS = "parts.json"
+_UNWRITABLE = frozenset(
+    {
+        errno.EACCES,
+        errno.EEXIST,
+        errno.EINVAL,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    }
+)
 _OWN = frozenset({MANIFEST, PARTS})
 
 
@@ -240,7 +253,7 @@ def explained(folder: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             what = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
             raise OutOfResources(f"{where}: {what}: free some, then the same command goes on from here") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in _UNWRITABLE:
             advice = "choose another place with --run-dir or --store, or correct its permissions"
             raise UsageError(f"{where}: cannot be written ({error.strerror}): {advice}") from error
         raise

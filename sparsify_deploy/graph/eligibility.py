@@ -46,3 +46,13 @@ def int8_advice(shape: Sequence[int]) -> Answer:
     if channels % 32:
         return Answer(False, f"C_in {channels} is not a multiple of 32: the sparse INT8 kernel may not be picked")
     return Answer(True, f"C_in {channels} is a multiple of 32")
+
+
+def explained(shape: Sequence[int], groups: int, m: int) -> str:
+    """One line on all three questions: the first "no" with its numbers, or what speaks for the layer."""
+    possible, rule, advice = pattern_possible(shape, groups, m), rule_of_thumb(shape, groups, m), int8_advice(shape)
+    if not possible.ok:
+        return possible.reason
+    if not rule.ok:
+        return f"possible, not by rule of thumb: {rule.reason}"
+    return rule.reason if advice.ok else f"{rule.reason}; {advice.reason}"

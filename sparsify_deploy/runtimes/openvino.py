@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,7 +65,7 @@ def build(onnx: Path, engine: Path, params: Params, /) -> BuildNotes:
     with tempfile.TemporaryDirectory(dir=engine.parent, prefix=".openvino-") as folder:
         partial = Path(folder, engine.name)
         try:
-            model = openvino.Core().read_model(onnx)
+            model = _core().read_model(onnx)
             openvino.save_model(model, partial, compress_to_fp16=False)
         except RuntimeError as error:
             raise ModelError(f"{onnx}: OpenVINO cannot convert it: {_one_line(error)}") from None
@@ -99,7 +100,7 @@ def open(
     if reason := _precision_reason(openvino, params):
         raise RuntimeUnavailable(reason)
     try:
-        core = openvino.Core()
+        core = _core()
         model = core.read_model(engine)
     except RuntimeError as error:
         raise DataError(f"{engine}: OpenVINO cannot read it: {_one_line(error)}") from None
@@ -142,6 +143,13 @@ class OpenVinoSession:
         return {tensor.name: self._request.get_output_tensor(i).data.copy() for i, tensor in enumerate(self.outputs)}
 
 
+@cache
+def _core() -> Any:
+    """One core for the process: where several overlap, OpenVINO leaves a freed signal stack behind, and the next
+    signal kills the process."""
+    return _package().Core()
+
+
 def _package() -> ModuleType:
     if reason := unavailable_reason():
         raise RuntimeUnavailable(reason)
@@ -164,7 +172,7 @@ def _settings(params: Params, threads: int) -> dict[str, object]:
 
 def _precision_reason(openvino: ModuleType, params: Params) -> str | None:
     # asked for bf16, OpenVINO says bf16 on every CPU and computes in float32 where there is none
-    if params.precision == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if params.precision == "bf16" and "BF16" not in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return "this CPU does not compute in BF16 (it needs avx512_bf16 or AMX): use precision: f32"
     return None
 

@@ -51,6 +51,10 @@ class Stage(Protocol):
         """What this machine lacks to run it, one line each with what to install; found without importing torch."""
         ...
 
+    def preflight(self) -> None:
+        """Raise, before any stage runs, what is wrong with the network or the settings and shows without training."""
+        ...
+
     def estimate(self) -> Estimate:
         """What it will cost. May import torch and open the data."""
         ...

@@ -62,6 +62,9 @@ class BenchmarkEngines:
         reason = menu.entry("runtimes", self.runtime).unavailable_reason()
         return [*unmet_packages("benchmark", "torch"), *([f"{self.runtime}: {reason}"] if reason else [])]
 
+    def preflight(self) -> None:
+        """Nothing shows before its inputs are there."""
+
     def estimate(self) -> Estimate:
         return Estimate()
 

@@ -46,6 +46,9 @@ class BuildEngine:
         reason = menu.entry("runtimes", self.runtime).unavailable_reason()
         return [*unmet_packages("build_engine", "torch"), *([f"{self.runtime}: {reason}"] if reason else [])]
 
+    def preflight(self) -> None:
+        """Nothing shows before its inputs are there."""
+
     def estimate(self) -> Estimate:
         return Estimate()
 

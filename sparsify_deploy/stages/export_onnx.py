@@ -50,6 +50,9 @@ class ExportOnnx:
         quantised = ("modelopt",) if self.quantize is not None else ()
         return unmet_packages("export_onnx", "torch", *quantised, "onnxruntime")
 
+    def preflight(self) -> None:
+        self.subject.check_traceable()
+
     def estimate(self) -> Estimate:
         return Estimate()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import BaseModel
 
@@ -20,24 +20,28 @@ if TYPE_CHECKING:
     from sparsify_deploy.sparsity.mask import Mask
 
 
+Phase: TypeAlias = Literal["train", "fine_tune", "qat"]
+PHASES: tuple[Phase, ...] = ("train", "fine_tune", "qat")
+
+
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A training method, its settings, and the order of its batches: each phase of training draws in its own."""
+    """A training method, its settings, and its phase: each phase draws its batches in an order of its own."""
 
     method: str
     params: BaseModel
     training: Training
-    stream: int
+    phase: Phase
 
     def version(self) -> dict[str, int]:
         """The method's entry in a fingerprint."""
         return {f"methods/{self.method}": menu.entry("methods", self.method).VERSION}
 
 
-def hold(mask: bool, training: Training, stream: int) -> Fit:
+def hold(mask: bool, training: Training, phase: Phase) -> Fit:
     """Training that leaves the mask where it is, or dense training where there is none."""
     method = "static" if mask else "dense"
-    return Fit(method, menu.entry("methods", method).Params(), training, stream)
+    return Fit(method, menu.entry("methods", method).Params(), training, phase)
 
 
 def fit_(
@@ -53,10 +57,11 @@ def fit_(
         subject.examples.split("train"),
         subject.examples.inputs,
         fit.training,
-        seed=subject.seed + fit.stream,
+        seed=subject.seed + PHASES.index(fit.phase),
         folder=out,
         context=context,
         augment=subject.data.augment,
+        label=fit.phase,
     )
     after: Mask | None = menu.entry("methods", fit.method).train(trainer, mask, fit.params)
     cost = training_cost(model, subject.example(), subject.examples.inputs, trainer.history)

@@ -39,6 +39,11 @@ class InitMask:
     def unmet(self) -> Sequence[str]:
         return unmet_packages("init_mask", "torch")
 
+    def preflight(self) -> None:
+        from sparsify_deploy.sparsity.layers import prunable, select
+
+        select(prunable(self.subject.check_network()), self.init.keep_dense)
+
     def estimate(self) -> Estimate:
         return Estimate()
 

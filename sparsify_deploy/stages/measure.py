@@ -46,10 +46,11 @@ class Measure:
 
     @property
     def environment(self) -> tuple[str, ...]:
-        return ("torch", "cpu", "gpu", *((self.runtime,) if self.runtime else ()))
+        return ("torch", "onnx", "cpu", "gpu", "driver", *((self.runtime,) if self.runtime else ()))
 
     def methods(self) -> Mapping[str, int]:
-        return self.subject.methods()
+        used = {f"runtimes/{self.runtime}": menu.entry("runtimes", self.runtime).VERSION} if self.runtime else {}
+        return {**self.subject.methods(), **used}
 
     def files(self) -> Mapping[str, Path]:
         return self.subject.files()
@@ -58,6 +59,9 @@ class Measure:
         quantised = ("modelopt",) if self.quantize is not None else ()
         reason = menu.entry("runtimes", self.runtime).unavailable_reason() if self.runtime else None
         return [*unmet_packages("measure", "torch", *quantised), *([f"{self.runtime}: {reason}"] if reason else [])]
+
+    def preflight(self) -> None:
+        self.subject.check_traceable()
 
     def estimate(self) -> Estimate:
         return Estimate()
@@ -73,13 +77,13 @@ class Measure:
         write_onnx(self.subject, self.export, model, onnx)
         test = self.subject.examples.split("test")
         metrics = evaluate(model.to(device), self.subject.opened_task, test, self.subject.examples.inputs)
-        layers = weight_layers(file.load(onnx))
+        layers = {layer.weight: layer for layer in reversed(weight_layers(file.load(onnx)))}  # a shared weight once
         report = ModelReport(
             metrics=metrics,
             examples=len(test),
             sparsity_asked=self.sparsity,
             precision="INT8" if self.quantize is not None else "FP32",
-            layers=tuple(self._layer(layer) for layer in layers),
+            layers=tuple(self._layer(layer) for layer in reversed(layers.values())),
             onnx_bytes=onnx.stat().st_size,
             latency=tuple(self._latencies(onnx, out, context)),
             runtime=self.runtime,
@@ -114,7 +118,7 @@ class Measure:
             pattern_held=held,
             usable=usable,
             rule_of_thumb=rule.ok,
-            reason=possible.reason if not possible.ok else rule.reason,
+            reason=eligibility.explained(layer.shape, layer.groups, m),
             bytes_stored=bytes_as_stored(layer.shape, layer.precision),
             bytes_compressed=bytes_compressed(layer.shape, layer.precision, usable),
         )

@@ -48,6 +48,11 @@ class ProjectNM:
     def unmet(self) -> Sequence[str]:
         return unmet_packages("project_nm", "torch")
 
+    def preflight(self) -> None:
+        from sparsify_deploy.sparsity.layers import prunable
+
+        choose(prunable(self.subject.check_network()), self.nm)
+
     def estimate(self) -> Estimate:
         return estimate(self.subject, self.training)
 
@@ -69,7 +74,7 @@ class ProjectNM:
             "projected": sum(row["projected"] for row in table),
         }
         if self.training is not None:
-            held = hold(True, self.training, stream=1)
+            held = hold(True, self.training, phase="fine_tune")
             facts |= fit_(model, held, mask, subject=self.subject, out=out, context=context)[1]
         save_weights(model, out / self.outputs["weights"])
         mask.save(out / self.outputs["mask"])

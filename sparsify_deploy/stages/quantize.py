@@ -37,13 +37,20 @@ class Quantize:
     environment: ClassVar[tuple[str, ...]] = ("modelopt",)
 
     def methods(self) -> Mapping[str, int]:
-        return {**self.subject.methods(), "methods/static": menu.entry("methods", "static").VERSION}
+        held = {f"methods/{name}": menu.entry("methods", name).VERSION for name in ("dense", "static")}
+        return {**self.subject.methods(), **held}
 
     def files(self) -> Mapping[str, Path]:
         return self.subject.files()
 
     def unmet(self) -> Sequence[str]:
         return unmet_packages("quantize", "torch", "modelopt", "requests", "huggingface_hub")
+
+    def preflight(self) -> None:
+        from sparsify_deploy.quantization.table import check_patterns
+
+        names = [name for name, _ in self.subject.check_traceable().named_modules() if name]
+        check_patterns(self.quantize.keep_float, names)
 
     def estimate(self) -> Estimate:
         return estimate(self.subject, self.training)
@@ -65,7 +72,7 @@ class Quantize:
             "calibration": dataclasses.asdict(notes),
         }
         if self.training is not None:
-            held = hold(mask is not None, self.training, stream=2)
+            held = hold(mask is not None, self.training, phase="qat")
             facts |= fit_(quantized.module, held, mask, subject=self.subject, out=out, context=context)[1]
         if mask is not None and (moved := mask.check_holds(quantized.module)):
             raise CheckFailed(f"quantize: pruned weights are no longer zero in {', '.join(moved)}")

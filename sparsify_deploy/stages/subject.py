@@ -41,6 +41,8 @@ class Subject:
             f"model.{k}": v for k, v in menu.entry("models", self.model.source).files(self.model.params).items()
         } | {f"data.{k}": v for k, v in menu.entry("datasets", self.data.source).files(self.data.params).items()}
         if self.model.checkpoint is not None:
+            if self.model.checkpoint.is_dir():
+                raise DataError(f"model.checkpoint: {self.model.checkpoint} is a folder: name the file in it")
             found["model.checkpoint"] = self.model.checkpoint
         return found
 
@@ -78,6 +80,26 @@ class Subject:
         elif self.model.checkpoint is not None:
             load_checkpoint(model, self.model.checkpoint)
         return model
+
+    def check_network(self) -> nn.Module:
+        """The untrained network, built and run on one example, once a process; `ModelError` where that fails."""
+        return self._checked
+
+    def check_traceable(self) -> nn.Module:
+        """The same, traced, with BatchNorm folded; `ModelError` where torch.fx cannot follow the network."""
+        return self._traced
+
+    @cached_property
+    def _checked(self) -> nn.Module:
+        model = self.network()
+        self.check_fits(model)
+        return model
+
+    @cached_property
+    def _traced(self) -> nn.Module:
+        from sparsify_deploy.quantization.folding import fold_batchnorm
+
+        return fold_batchnorm(self._checked)
 
     def calibration(self, batches: int, batch_size: int) -> list[Batch]:
         """`batches` training batches without augmentation, the same for every stage and branch."""

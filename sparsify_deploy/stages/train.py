@@ -42,6 +42,9 @@ class Train:
     def unmet(self) -> Sequence[str]:
         return unmet_packages("train", "torch")
 
+    def preflight(self) -> None:
+        self.subject.check_network()
+
     def estimate(self) -> Estimate:
         return estimate(self.subject, self.fit.training)
 

@@ -54,7 +54,8 @@ class Trainer:
     """Trains one model on one split. Make it after the model is on its device; batches are moved there.
 
     `model` is changed in place. `folder` takes one `<label>.checkpoint` for each fit. `augment` names functions of
-    `augment.py` that change the field `input`. Whole models only: every module is in training mode while it fits.
+    `augment.py` that change the field `input`. `label` names a fit that is given no name of its own. Whole models
+    only: every module is in training mode while it fits.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Trainer:
         folder: Path,
         context: Context,
         augment: Sequence[str] = (),
+        label: str = "train",
     ) -> None:
         self.model = model
         self.task = task
@@ -80,19 +82,21 @@ class Trainer:
         self.device = device_of(model)
         self.optimizer = build_optimizer(model, settings.optimizer)
         self.total_steps = settings.total_steps(len(split))
+        self.label = label
         self.step = 0
         self.history = History(0, ())
         self._batches = Batches(split, seed=seed, batch_size=settings.batch_size, augment=augment)
         self._losses: list[tuple[int, float]] = []
         self._window: list[float] = []
 
-    def fit(self, updater: Updater, label: str = "train") -> History:
+    def fit(self, updater: Updater, label: str | None = None) -> History:
         """Train for `total_steps` from the model and the optimizer slots as they are; also kept in `history`.
 
         Goes on from the checkpoint of `label` in the folder if there is one; a fit that had finished is loaded, not
         repeated. `Diverged` on a loss that is not finite; `Interrupted` after `context.stop_requested()`, once the
         checkpoint is on disk; `CorruptArtifact` for a damaged checkpoint, `UsageError` for one of another run.
         """
+        label = label or self.label
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
             raise ValueError(f"a label becomes a file name: {label!r} cannot")
         path = self.folder / f"{label}.checkpoint"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 TRAINED = ("train", "project_nm", "quantize")
-IN_ORDER = ("train", "measure", "quantize", "export_onnx", "build_engine", "init_mask", "project_nm", "benchmark")
+IN_ORDER = ("init_mask", "train", "measure", "quantize", "export_onnx", "build_engine", "project_nm", "benchmark")
 
 
 def wait_for(process, store: Path, stage: str, seconds: float = 120.0) -> bool:

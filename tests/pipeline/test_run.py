@@ -102,8 +102,8 @@ def test_status_explain_and_report_tell_the_same_from_the_run_directory(cli, aga
         ("quantize.calibration_batches=3", "dense/quantize", "dense/fine_tune"),
         ("export.opset=16", "dense/train.report", "dense/train"),
         ("benchmark.rounds=6", "dense/train.report", "sparse/quantize"),
-        ("data.params.size=16", "dense/train", None),
-        ("seed=4", "dense/train", None),
+        ("data.params.size=16", "sparse/init_mask", None),
+        ("seed=4", "sparse/init_mask", None),
     ],
 )
 def test_a_changed_field_runs_its_stage_again_and_no_earlier_one(cli, again, change, first, untouched):
@@ -222,6 +222,42 @@ def test_plan_shows_every_step_its_cost_and_which_layers_could_run_sparse(cli, r
     assert layers["layer1.0.conv1"]["projected"]
     assert not layers["conv1"]["projected"]
     assert "C_in 1" in layers["conv1"]["reason"]
+
+
+def test_layers_left_in_float_are_named_in_the_notes(cli, recipe):
+    short = ("--set", "training.steps=2", "--set", "nm=null", "--set", "quantize={keep_float: [fc]}")
+    done = cli("run", recipe, *short, "--set", "dense_branch=false", "--json")
+    assert done.returncode == 0, done.stderr
+    assert any("fc not quantised" in note for note in json.loads(done.stdout)["notes"])
+
+
+def test_without_a_dense_branch_two_runtimes_are_raced_and_nothing_is_recommended(cli, recipe):
+    short = ("--set", "training.steps=2", "--set", "nm.fine_tune=null", "--set", "quantize.qat=null")
+    two = ("--set", "deploy=[{runtime: openvino}, {runtime: onnxruntime}]", "--set", "export.min_top1_agreement=0.1")
+    done = cli("run", recipe, *short, *two, "--set", "dense_branch=false")
+    assert done.returncode == 0, done.stderr
+    assert "no recommendation" in done.stdout.splitlines()[-1]
+    assert "None" not in done.stdout
+
+
+def test_mistakes_that_need_no_training_show_before_any(cli, recipe, tmp_path):
+    for change in ("init.keep_dense=[nope]", "nm.keep_dense=[nope]", "quantize.keep_float=[nope]"):
+        done = cli("run", recipe, "--set", change)
+        assert done.returncode == 5
+        assert "'nope'" in done.stderr
+        assert not list((tmp_path / "runs" / "tiny").rglob("manifest.json"))
+
+
+def test_the_onnx_files_are_published_beside_the_engines(finished):
+    for branch in ("dense", "sparse"):
+        assert (finished / "runs" / "tiny" / "onnx" / branch / "model.onnx").stat().st_size > 0
+
+
+def test_a_reader_that_goes_away_is_no_error(again):
+    shell = f"{sys.executable} -m sparsify_deploy report runs/tiny | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], cwd=again, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr == ""
 
 
 def test_no_colour_and_no_control_characters_where_there_is_no_terminal(cli, again):

@@ -1,0 +1,111 @@
+"""The first signal asks, the second SIGINT insists, and the handlers of before come back.
+
+Signals are sent to a child: what other tests loaded into this process may have left a signal stack of its own.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from sparsify_deploy.interrupt import stoppable
+
+HEAD = """\
+import os, signal
+from sparsify_deploy.interrupt import stoppable
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+"""
+
+
+def child(program: str, *arguments: str) -> tuple[int, list[str]]:
+    """The exit code of a program in a process of its own, and the lines it printed."""
+    command = [sys.executable, "-c", HEAD + program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return done.returncode, done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_asks_to_stop_and_raises_nothing(number: str) -> None:
+    program = f"""
+with stoppable() as asked:
+    print(asked())
+    send(signal.{number})
+    print(asked())
+    send(signal.SIGTERM)
+    print(asked())
+"""
+    assert child(program) == (0, ["False", "True", "True"])
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_sigint_after_it_raises_at_once(number: str) -> None:
+    program = f"""
+try:
+    with stoppable() as asked:
+        send(signal.{number})
+        print("still here")
+        send(signal.SIGINT)
+        print("not here")
+except KeyboardInterrupt:
+    print("raised")
+"""
+    assert child(program) == (0, ["still here", "raised"])
+
+
+def test_a_signal_after_a_race_in_openvino_still_asks_to_stop(tmp_path: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from sparsify_deploy import deploy
+from sparsify_deploy.types import Silent
+
+weight = numpy_helper.from_array(np.ones((8, 16, 1, 1), np.float32), "w")
+ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ("b", c, 4, 4)) for n, c in (("x", 16), ("y", 8))]
+graph = helper.make_graph([helper.make_node("Conv", ["x", "w"], ["y"])], "net", ends[:1], ends[1:], [weight])
+model = Path(sys.argv[1]) / "net.onnx"
+onnx.save(helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)]), model)
+timing = dict(batch_sizes=(1,), threads=1, rounds=5, round_ms=1.0, trust=False, progress=Silent())
+deploy.bench([model], runtime="openvino", **timing)
+with stoppable() as asked:
+    send(signal.SIGINT)
+    print(asked())
+"""
+    assert child(program, str(tmp_path)) == (0, ["True"])
+
+
+def test_the_handlers_of_before_come_back_even_after_an_error() -> None:
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def fail() -> None:
+        with stoppable():
+            assert signal.getsignal(signal.SIGINT) is not before[signal.SIGINT]
+            raise ValueError("x")
+
+    with pytest.raises(ValueError, match="x"):
+        fail()
+    assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_in_a_thread_nothing_is_asked_and_no_handler_moves() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    seen: list[bool] = []
+
+    def work() -> None:
+        with stoppable() as asked:
+            seen.extend([asked(), signal.getsignal(signal.SIGINT) is before])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False, True]

@@ -1,0 +1,184 @@
+"""Outcomes become the report, and the run directory's files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsify_deploy.artifacts.digests import DigestCache
+from sparsify_deploy.artifacts.fingerprint import file_digest
+from sparsify_deploy.artifacts.store import Record
+from sparsify_deploy.errors import DataError
+from sparsify_deploy.pipeline import Outcome
+from sparsify_deploy.plan import Plan, plan
+from sparsify_deploy.recipe import Recipe
+from sparsify_deploy.reports import BenchmarkReport, Gate, Row, RunReport, dump
+from sparsify_deploy.summary import publish, summarise
+from sparsify_deploy.timing import Race
+from sparsify_deploy.workspace import exit_code, read_report
+
+Make = Callable[..., Recipe]
+Races = Callable[..., Race]
+TRAINED = {"history": {"steps": 12}, "cost": {"relative_training_flops": 0.5}}
+
+
+@pytest.fixture
+def outcomes(tmp_path: Path, row: Callable[..., Row], race: Races) -> Callable[..., list[Outcome]]:
+    """The outcomes of a plan as if each step had run: reports, races and engines are there as files."""
+
+    def make(
+        found: Plan, times: Mapping[str, float] | None = None, facts: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> list[Outcome]:
+        made = []
+        for step in found.steps:
+            folder = tmp_path / "store" / step.id.replace("/", ".")
+            folder.mkdir(parents=True, exist_ok=True)
+            outputs = {name: folder / file for name, file in step.stage.outputs.items()}
+            measured: dict[str, Any] = dict((facts or {}).get(step.id, {}))
+            if step.stage.name == "measure":
+                outputs["report"].write_text(dump(row(step.label, step.id, {"accuracy": 0.9, "loss": 0.5}).model))
+            elif step.stage.name == "benchmark":
+                labels = [variant.label for variant in step.stage.variants]  # type: ignore[attr-defined]
+                taken = race({label: (times or {}).get(label, 1.0) for label in labels})
+                report = BenchmarkReport(step.id.partition("/")[2], 1, None, (taken,))
+                outputs["benchmark"].write_text(dump(report))
+            elif step.stage.name == "export_onnx":
+                outputs["onnx"].write_text(f"onnx of {step.id}")
+            elif step.stage.name == "build_engine":
+                outputs["engine"].mkdir(exist_ok=True)
+                (outputs["engine"] / "model.xml").write_text(f"<net>{step.id}</net>")
+                built = {"version": "1.0", "label": "", "files": ["model.xml"]}
+                measured |= {"bytes": 7, "build": built, "metrics": {"accuracy": 0.88}}
+            digests = {n: file_digest(p) if p.exists() else "0" * 64 for n, p in outputs.items()}
+            record = Record(step.stage.name, "f" * 64, {}, folder, outputs, digests, {}, measured, 1.5, "now")
+            made.append(Outcome(step, record, True, "first time"))
+        return made
+
+    return make
+
+
+def test_rows_take_their_cost_from_the_step_they_follow(recipe: Make, outcomes: Callable[..., list[Outcome]]) -> None:
+    found = plan(recipe())
+    report = summarise(found, outcomes(found, facts={"sparse/train": TRAINED}), None)
+    assert [r.step for r in report.rows] == list(found.rows)
+    by_label = {r.label: r for r in report.rows}
+    trained = by_label["sparse FP32"]
+    assert (trained.optimizer_steps, trained.flops, trained.train_s) == (12, 0.5, 1.5)
+    assert by_label["dense FP32"].flops is None
+    assert (report.metric, report.direction) == ("accuracy", "higher")
+    assert {(e.branch, e.runtime) for e in report.engines} == {("dense", "openvino"), ("sparse", "openvino")}
+    assert report.engines[0].file == "engines/dense/openvino/model.xml"
+    assert [s.state for s in report.steps] == ["ran"] * len(found.steps)
+    assert report.verdict.startswith("Verdict: ship the dense FP32 model")
+
+
+def test_the_short_routes_row_has_no_training(recipe: Make, outcomes: Callable[..., list[Outcome]]) -> None:
+    found = plan(recipe(init=None, train=None, nm=None, quantize=None, sparsity=None))
+    (only,) = summarise(found, outcomes(found), None).rows
+    assert (only.optimizer_steps, only.flops, only.train_s) == (None, None, None)
+
+
+def test_gates_are_judged_at_the_end_of_a_whole_run_alone(recipe: Make, outcomes: Callable[..., list[Outcome]]) -> None:
+    found = plan(recipe(gates={"metric": "accuracy", "max_drop": 0.1, "min_sparsity": 0.9}))
+    made = outcomes(found)
+    stopped = summarise(found, made, "sparse/train")
+    assert (stopped.gates, exit_code(stopped)) == ((), 0)
+    whole = summarise(found, made, None)
+    assert [(gate.name, gate.met) for gate in whole.gates] == [("max_drop", True), ("min_sparsity", False)]
+    assert exit_code(whole) == 4
+
+
+@pytest.mark.parametrize(("met", "code"), [((True, True), 0), ((True, False), 4), ((None, True), 4), ((), 0)])
+def test_a_gate_not_met_or_not_measured_is_exit_4(report: RunReport, met: tuple[bool | None, ...], code: int) -> None:
+    import dataclasses
+
+    gates = tuple(Gate("g", 1.0, None, one, "how") for one in met)
+    assert exit_code(dataclasses.replace(report, gates=gates)) == code
+
+
+def test_what_was_left_out_is_noted_with_its_reason(recipe: Make, outcomes: Callable[..., list[Outcome]]) -> None:
+    found = plan(recipe())
+    facts = {
+        "sparse/init_mask": {"collapsed": ["fc"], "kept_dense": ["conv1"]},
+        "sparse/project_nm": {
+            "pattern": "2:4",
+            "projected": 1,
+            "layers": [
+                {"layer": "a", "projected": True, "reason": ""},
+                {"layer": "b", "projected": False, "reason": "C_in 3"},
+            ],
+        },
+        "sparse/quantize": {"placement": [{"name": "fc", "quantised": False, "rule": "kept float"}]},
+        "sparse/build_engine.openvino": {"not_run": "no GPU"},
+    }
+    notes = summarise(found, outcomes(found, facts=facts), None).notes
+    assert notes == (
+        "sparse/init_mask: layer collapse, no weight is left in fc",
+        "sparse/init_mask: kept dense by the recipe: conv1",
+        "sparse/project_nm: 1 of 2 layers projected on 2:4",
+        "sparse/project_nm: b not projected: C_in 3",
+        "sparse/quantize: fc not quantised: kept float",
+        "sparse/build_engine.openvino: not run here: no GPU",
+    )
+
+
+def test_int8_that_is_slower_is_noted(recipe: Make, outcomes: Callable[..., list[Outcome]]) -> None:
+    found = plan(recipe(deploy=[{"runtime": "openvino"}, {"runtime": "onnxruntime"}]))
+    notes = summarise(found, outcomes(found, {"dense INT8": 2.0, "2:4 INT8": 0.5}), None).notes
+    assert notes == (
+        "benchmark/openvino: dense INT8 is slower than dense FP32 at batch 1 (0.50x)",
+        "benchmark/onnxruntime: dense INT8 is 0.50x of dense FP32 at batch 1, slower: this file's Q/DQ is placed for "
+        "TensorRT and OpenVINO",
+    )
+
+
+def test_an_int8_engine_that_races_alone_is_compared_with_nothing(
+    recipe: Make, outcomes: Callable[..., list[Outcome]]
+) -> None:
+    found = plan(recipe(dense_branch=False, deploy=[{"runtime": "openvino"}, {"runtime": "onnxruntime"}]))
+    report = summarise(found, outcomes(found), None)
+    assert report.benchmarks[1].races[0].labels == ("2:4 INT8",)
+    assert report.notes == ()
+
+
+def test_publishing_writes_reports_recipe_and_engines_and_leaves_what_is_the_same(
+    recipe: Make, outcomes: Callable[..., list[Outcome]], recipe_file: Path, tmp_path: Path
+) -> None:
+    found = plan(recipe())
+    made = outcomes(found)
+    report = summarise(found, made, None)
+    run, digests = tmp_path / "run", DigestCache(tmp_path / "digests.json")
+    publish(run, report, made, recipe_file, digests)
+    assert read_report(run) == report
+    assert report.verdict in (run / "report.md").read_text()
+    assert (run / "recipe.yaml").read_text() == recipe_file.read_text()
+    engine = run / "engines" / "dense" / "openvino" / "model.xml"
+    assert engine.read_text() == "<net>dense/build_engine.openvino</net>"
+    onnx = run / "onnx" / "sparse" / "model.onnx"
+    assert onnx.read_text() == "onnx of sparse/export_onnx"
+    inode = engine.stat().st_ino
+    publish(run, report, made, recipe_file, digests)
+    assert engine.stat().st_ino == inode
+    engine.write_text("tampered")
+    onnx.write_text("tampered")
+    (engine.parent / "stale").write_text("x")
+    publish(run, report, made, recipe_file, digests)
+    assert engine.read_text() == "<net>dense/build_engine.openvino</net>"
+    assert onnx.read_text() == "onnx of sparse/export_onnx"
+    assert not (engine.parent / "stale").exists()
+    assert not list(run.rglob("*.partial"))
+
+
+def test_a_folder_without_a_report_says_what_to_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"report\.json: no report: name a run directory"):
+        read_report(tmp_path)
+
+
+def test_the_report_is_strict_json(recipe: Make, outcomes: Callable[..., list[Outcome]]) -> None:
+    found = plan(recipe())
+    text = dump(summarise(found, outcomes(found), None))
+    assert json.loads(text, parse_constant=pytest.fail)["recipe"] == "full"

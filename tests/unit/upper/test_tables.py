@@ -1,0 +1,155 @@
+"""Reports as text: every number in its cell, and nothing in a cell breaks the table it stands in."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sparsify_deploy.errors import CorruptArtifact
+from sparsify_deploy.reports import Gate, Row, RunReport, StepRow, dump, load
+from sparsify_deploy.tables import Table, kib, markdown, race_table, tables, waterfall
+from sparsify_deploy.timing import Race
+
+
+def cells(table: Table, first: str) -> dict[str, str]:
+    (row,) = [row for row in table.rows if row[0] == first]
+    return dict(zip(table.columns, row, strict=True))
+
+
+def test_the_waterfall_shows_what_was_measured(report: RunReport) -> None:
+    table = waterfall(report)
+    assert cells(table, "dense FP32") == {
+        "model": "dense FP32",
+        "accuracy": "0.9000",
+        "sparsity asked/measured/usable": "- / 0.0% / 0.0%",
+        "ONNX": "2 KiB",
+        "weights": "36 KiB",
+        "p50 / p90 / p99 ms": "3.000 / 3.300 / 3.900",
+        "speed-up over dense FP32": "1",
+        "steps": "12",
+        "FLOPs": "1.00x",
+        "train s": "2.0",
+    }
+    last = cells(table, "2:4 INT8")
+    assert last["sparsity asked/measured/usable"] == "60% / 50.0% / 50.0%"
+    assert last["weights"] == "22 KiB"
+    assert last["speed-up over dense FP32"] == "2.99x [2.96, 3.01]"
+    assert (last["steps"], last["FLOPs"], last["train s"]) == ("-", "-", "-")
+    assert "Latency: openvino, batch 1, wall time, all models interleaved" in table.how
+    assert "all 360 test examples" in table.how
+
+
+def test_noise_is_called_noise_and_a_model_out_of_the_race_keeps_its_own_latency(
+    report: RunReport, race: Callable[..., Race]
+) -> None:
+    raced = race({"dense FP32": 1.0, "dense INT8": 0.995})
+    benchmarks = (dataclasses.replace(report.benchmarks[0], races=(raced,)),)
+    table = waterfall(dataclasses.replace(report, benchmarks=benchmarks))
+    assert cells(table, "dense INT8")["speed-up over dense FP32"] == "1.01x [0.99, 1.02] (noise)"
+    left = cells(table, "2:4 INT8")
+    assert (left["speed-up over dense FP32"], left["p50 / p90 / p99 ms"]) == ("-", "1.500 / 1.650 / 1.950")
+    alone = waterfall(dataclasses.replace(report, benchmarks=()))
+    assert "each model timed alone after its stage" in alone.how
+    assert "interleaved" not in alone.how
+
+
+def test_a_run_without_the_dense_branch_names_no_baseline_that_is_not_there(report: RunReport) -> None:
+    assert "None" not in str(waterfall(dataclasses.replace(report, rows=report.rows[2:])))
+
+
+def test_a_run_without_rows_or_races_still_has_a_report(report: RunReport) -> None:
+    empty = dataclasses.replace(report, rows=(), engines=(), benchmarks=(), gates=())
+    assert tables(empty) == ()
+    assert "Verdict: ship it." in markdown(empty)
+
+
+def test_gates_say_met_not_met_and_not_measured(report: RunReport) -> None:
+    table = tables(report)[-1]
+    assert table.title == "Gates"
+    assert [row[:4] for row in table.rows] == [
+        ("max_drop", "0.05", "0.0200", "met"),
+        ("min_speedup", "1.5", "1.0000", "NOT MET"),
+        ("min_sparsity", "0.4", "-", "NOT MEASURED"),
+    ]
+
+
+def test_a_race_is_shown_against_its_first_with_the_noise_floor(race: Callable[..., Race]) -> None:
+    table = race_table("openvino", race({"slow": 4.0, "fast": 1.0, "same": 4.01}, batch_size=8))
+    assert table.title == "openvino, batch 8, 1 thread"
+    assert [row[-1] for row in table.rows] == [
+        "1",
+        "4.00x [3.96, 4.04] faster",
+        "1.00x [0.99, 1.01] within the noise",
+    ]
+    assert cells(table, "fast")["examples/s"] == "8000"
+    assert "nothing within 2.0% of 1 is claimed" in table.how
+
+
+def test_sizes_are_kib_below_a_mib() -> None:
+    assert (kib(1536), kib((1 << 20) - 1), kib(1 << 20), kib(5 << 19)) == ("2 KiB", "1024 KiB", "1.00 MiB", "2.50 MiB")
+
+
+def markdown_tables(text: str) -> list[list[str]]:
+    """The lines of each table, cut at the bars that are not escaped."""
+    lines = [re.split(r"(?<!\\)\|", line) for line in text.splitlines() if line.startswith("|")]
+    found: list[list[list[str]]] = []
+    for line in lines:
+        if found and len(found[-1]) > 1 and set("".join(line)) <= set("- "):
+            last = found[-1].pop()
+            found.append([last])
+        if not found:
+            found.append([])
+        found[-1].append(line)
+    return [[str(len(line)) for line in table] for table in found]
+
+
+def test_markdown_rows_have_as_many_cells_as_their_head_whatever_stands_in_them(report: RunReport) -> None:
+    odd = dataclasses.replace(report.rows[0], label="a | b")
+    bars = dataclasses.replace(report, rows=(odd, *report.rows[1:]), gates=(Gate("a|b", 1.0, None, None, "x | y"),))
+    text = markdown(bars)
+    assert "| a \\| b |" in text
+    assert "| x \\| y |" in text
+    for widths in markdown_tables(text):
+        assert len(set(widths)) == 1
+
+
+def test_the_reason_of_a_step_does_not_break_the_table_of_steps(report: RunReport) -> None:
+    why = 'settings.data.params.train: "a|b" -> "c|d"'
+    text = markdown(dataclasses.replace(report, steps=(StepRow("dense/train", "ran", 2.0, "f" * 64, why),)))
+    (line,) = [line for line in text.splitlines() if line.startswith("| dense/train |")]
+    assert len(re.split(r"(?<!\\)\|", line)) == 7
+
+
+def test_markdown_holds_verdict_tables_notes_steps_and_machine(report: RunReport) -> None:
+    text = markdown(report)
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert headings[0] == "# full"
+    assert headings[-3:] == ["## Notes", "## Steps", "## Machine"]
+    assert "- a note" in text
+    assert "- packages: torch 2, onnx 1" in text
+    assert "| dense/train | ran | 2.0 | ffffffffffff | first time |" in text
+
+
+def test_a_report_survives_json_and_a_broken_one_is_said_to_be(report: RunReport, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(dump(report), encoding="utf-8")
+    assert load(RunReport, path) == report
+    assert '"usable_sparsity": 0.5' in path.read_text(encoding="utf-8")
+    path.write_text(dump(report)[:-20], encoding="utf-8")
+    with pytest.raises(CorruptArtifact, match=r"report\.json: not a RunReport"):
+        load(RunReport, path)
+
+
+def test_sparsity_weighs_layers_by_their_weights(row: Callable[..., Row]) -> None:
+    first = row("x INT8", "s", {"accuracy": 1.0}, usable=True).model
+    (layer,) = first.layers
+    small = dataclasses.replace(layer, weights=36864 // 3, zeros=0, usable=False, bytes_compressed=100)
+    model = dataclasses.replace(first, layers=(layer, small))
+    assert model.sparsity == pytest.approx(18432 / (36864 * 4 / 3))
+    assert model.usable_sparsity == pytest.approx(0.5 * 3 / 4)
+    assert model.bytes_compressed == 23140
+    assert dataclasses.replace(model, layers=()).sparsity == 0.0

@@ -1,0 +1,243 @@
+"""The verdict and the gates say what the numbers say, whichever model that favours."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from sparsify_deploy import menu
+from sparsify_deploy.reports import BenchmarkReport, EngineRow, Gate, Row
+from sparsify_deploy.timing import Race
+from sparsify_deploy.verdict import SPARSE_KERNELS, Evidence, gates, verdict
+
+Rows = Callable[..., Row]
+Races = Callable[..., Race]
+Engines = Callable[..., EngineRow]
+MakeEvidence = Callable[..., Evidence]
+
+NONE: dict[str, float | None] = {"max_drop": None, "min_speedup": None, "min_sparsity": None}
+
+
+@pytest.fixture
+def evidence(row: Rows, race: Races, engine: Engines) -> MakeEvidence:
+    """Evidence from the ms and the metric of dense FP32, dense INT8 and the sparse model; None: not in the race."""
+
+    def make(
+        times: Mapping[str, float] | None,
+        values: Mapping[str, float],
+        *,
+        metric: str = "accuracy",
+        direction: str = "higher",
+        runtime: str = "openvino",
+        usable: bool = True,
+        engines: tuple[EngineRow, ...] = (),
+        spread: float = 0.01,
+    ) -> Evidence:
+        def line(label: str, step: str) -> Row | None:
+            return row(label, step, {metric: values[label]}, usable=usable) if label in values else None
+
+        races = (race(times, spread=spread),) if times else ()
+        dense_start = line("dense FP32", "dense/train.report")
+        report = BenchmarkReport(runtime, 1, None if times else "no GPU", races)
+        return Evidence(
+            metric=metric,
+            direction=direction,  # type: ignore[arg-type]
+            dense_start=dense_start,
+            dense=line("dense INT8", "dense/quantize.report") or dense_start,
+            sparse=line("2:4 INT8", "sparse/quantize.report"),
+            engines=engines,
+            benchmarks=(report,),
+        )
+
+    return make
+
+
+EQUAL = {"dense FP32": 0.9, "dense INT8": 0.9, "2:4 INT8": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("times", "shipped"),
+    [
+        ((3.0, 1.0, 1.0), "dense INT8"),
+        ((3.0, 1.0, 0.5), "2:4 INT8"),
+        ((1.0, 2.0, 3.0), "dense FP32"),
+        ((1.0, 1.0, 1.0), "dense FP32"),
+        ((1.0, 0.99, 0.985), "dense FP32"),
+        ((3.0, 1.0, 2.0), "dense INT8"),
+        ((3.0, 3.0, 1.0), "2:4 INT8"),
+        ((1.0, 2.0, 0.5), "2:4 INT8"),
+    ],
+)
+def test_it_ships_the_simplest_model_that_nothing_beats(
+    evidence: MakeEvidence, times: tuple[float, ...], shipped: str
+) -> None:
+    text = verdict(evidence(dict(zip(EQUAL, times, strict=True)), EQUAL), None)
+    assert text.startswith(f"Verdict: ship the {shipped} model; ")
+    assert "\n" not in text
+
+
+def test_an_interval_that_holds_one_is_not_faster(evidence: MakeEvidence) -> None:
+    found = evidence({"dense FP32": 1.2, "dense INT8": 1.0}, {"dense FP32": 0.9, "dense INT8": 0.9}, spread=0.3)
+    text = verdict(found, None)
+    assert text.startswith("Verdict: ship the dense FP32 model; ")
+    assert "1.20x [0.84, 1.56], within the noise here" in text
+    assert "faster" not in text
+
+
+def test_a_faster_model_below_the_accuracy_gate_is_not_shipped(evidence: MakeEvidence) -> None:
+    times = {"dense FP32": 4.0, "dense INT8": 2.0, "2:4 INT8": 1.0}
+    values = {"dense FP32": 0.9, "dense INT8": 0.89, "2:4 INT8": 0.8}
+    found = evidence(times, values)
+    assert verdict(found, 0.02).startswith("Verdict: ship the dense INT8 model")
+    assert verdict(found, 0.005).startswith("Verdict: ship the dense FP32 model")
+    assert verdict(found, 0.2).startswith("Verdict: ship the 2:4 INT8 model")
+    assert verdict(found, None).startswith("Verdict: ship the 2:4 INT8 model")
+
+
+def test_an_error_metric_is_better_when_it_is_lower(evidence: MakeEvidence) -> None:
+    times = {"dense FP32": 4.0, "dense INT8": 2.0, "2:4 INT8": 1.0}
+    values = {"dense FP32": 0.5, "dense INT8": 0.4, "2:4 INT8": 0.7}
+    found = evidence(times, values, metric="rmse", direction="lower")
+    assert verdict(found, 0.1).startswith("Verdict: ship the dense INT8 model")
+    assert verdict(found, 0.3).startswith("Verdict: ship the 2:4 INT8 model")
+    assert "rmse 0.7000 2:4 INT8, 0.4000 dense INT8, 0.5000 dense FP32." in verdict(found, 0.1)
+    (gate,) = gates(found, {**NONE, "max_drop": 0.1})
+    assert gate.value == pytest.approx(0.2)
+    assert gate.met is False
+    (better,) = gates(dataclasses.replace(found, sparse=None), {**NONE, "max_drop": 0.0})
+    assert better.value == pytest.approx(-0.1)
+    assert better.met is True
+
+
+def test_the_engines_own_accuracy_decides_where_it_ran(evidence: MakeEvidence, engine: Engines) -> None:
+    times = {"dense FP32": 4.0, "dense INT8": 2.0, "2:4 INT8": 1.0}
+    engines = (
+        engine("dense", None, "tensorrt_rtx"),
+        engine("dense", {"accuracy": 0.88}),
+        engine("dense", {"accuracy": 0.1}, "onnxruntime"),
+        engine("sparse", {"accuracy": 0.7}),
+    )
+    found = evidence(times, EQUAL, engines=engines)
+    assert verdict(found, 0.05).startswith("Verdict: ship the dense INT8 model")
+    assert verdict(found, 0.01).startswith("Verdict: ship the dense FP32 model")
+    assert "accuracy 0.7000 2:4 INT8, 0.8800 dense INT8, 0.9000 dense FP32." in verdict(found, 0.05)
+    (gate,) = gates(found, {**NONE, "max_drop": 0.05})
+    assert gate.value == pytest.approx(0.2)
+    assert gate.met is False
+
+
+def test_it_says_what_each_step_bought(evidence: MakeEvidence) -> None:
+    text = verdict(evidence({"dense FP32": 3.0, "dense INT8": 1.0, "2:4 INT8": 1.0}, EQUAL), None)
+    assert "dense INT8 against dense FP32 is 3.00x [2.97, 3.03], faster here (openvino, batch 1, process CPU time)" in (
+        text
+    )
+    assert "sparsity adds no speed on this runtime (1.00x [0.99, 1.01], within the noise" in text
+    assert "openvino has no sparse kernels)" in text
+    assert "1 of 1 layers hold 2:4, what that gains on an Ampere or Hopper GPU was not measured here" in text
+
+
+def test_slower_is_called_slower(evidence: MakeEvidence) -> None:
+    text = verdict(evidence({"dense FP32": 1.0, "dense INT8": 2.0, "2:4 INT8": 4.0}, EQUAL), None)
+    assert "dense INT8 against dense FP32 is 0.50x [0.49, 0.51], slower here" in text
+    assert "sparsity adds no speed on this runtime (0.50x [0.49, 0.51], slower, openvino has" in text
+
+
+def test_layers_that_hold_no_pattern_are_of_no_use_to_any_hardware(evidence: MakeEvidence) -> None:
+    times = {"dense FP32": 3.0, "dense INT8": 1.0, "2:4 INT8": 0.5}
+    assert "the sparse model against its dense twin is 2.00x" in verdict(evidence(times, EQUAL), None)
+    assert "0 of 1 layers hold 2:4, so no hardware can use it" in verdict(evidence(times, EQUAL, usable=False), None)
+
+
+def test_a_runtime_with_sparse_kernels_is_not_said_to_have_none(evidence: MakeEvidence) -> None:
+    times = {"dense FP32": 3.0, "dense INT8": 1.0, "2:4 INT8": 1.0}
+    assert "no sparse kernels" not in verdict(evidence(times, EQUAL, runtime="tensorrt"), None)
+    assert set(SPARSE_KERNELS) == set(menu.names("runtimes"))
+
+
+def test_other_batch_sizes_are_told_and_do_not_decide(evidence: MakeEvidence, race: Races) -> None:
+    values = {"dense FP32": 0.9, "dense INT8": 0.9}
+    found = evidence({"dense FP32": 3.0, "dense INT8": 1.0}, values)
+    slow = race({"dense FP32": 1.0, "dense INT8": 2.0}, batch_size=32)
+    (report,) = found.benchmarks
+    both = dataclasses.replace(found, benchmarks=(dataclasses.replace(report, races=(*report.races, slow)),))
+    text = verdict(both, None)
+    assert text.startswith("Verdict: ship the dense INT8 model")
+    assert ", 0.50x at batch 32)" in text
+
+
+def test_without_a_race_there_is_no_verdict_on_latency_and_the_reason_is_told(evidence: MakeEvidence) -> None:
+    found = evidence(None, EQUAL)
+    assert verdict(found, None).rstrip(".") == (
+        "Verdict: none on latency: openvino cannot run here (no GPU); "
+        "accuracy 0.9000 2:4 INT8, 0.9000 dense INT8, 0.9000 dense FP32"
+    )
+    nothing = dataclasses.replace(found, benchmarks=())
+    assert "deploys to no runtime, or the run stopped before the benchmark" in verdict(nothing, None)
+
+
+def test_a_run_without_a_model_has_none() -> None:
+    empty = Evidence("accuracy", "higher", None, None, None, (), ())
+    assert verdict(empty, None) == "Verdict: none, the run stopped before a final model."
+    assert [gate.met for gate in gates(empty, {"max_drop": 0.1, "min_speedup": 2.0, "min_sparsity": 0.5})] == [None] * 3
+
+
+def test_the_sparse_branch_alone_has_no_twin(evidence: MakeEvidence) -> None:
+    found = dataclasses.replace(evidence({"2:4 INT8": 1.0}, {"2:4 INT8": 0.9}), dense=None, dense_start=None)
+    text = verdict(found, None)
+    assert text == (
+        "Verdict: no recommendation, for there is no dense twin to compare with (dense_branch is off); "
+        "accuracy 0.9000 2:4 INT8."
+    )
+    (gate,) = gates(found, {**NONE, "min_speedup": 1.0})
+    assert (gate.value, gate.met) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"max_drop": 0.02}, ("max_drop", 0.01, True)),
+        ({"max_drop": 0.005}, ("max_drop", 0.01, False)),
+        ({"max_drop": 0.0}, ("max_drop", 0.01, False)),
+        ({"min_speedup": 1.5}, ("min_speedup", 2.0, True)),
+        ({"min_speedup": 2.0}, ("min_speedup", 2.0, True)),
+        ({"min_speedup": 2.5}, ("min_speedup", 2.0, False)),
+        ({"min_sparsity": 0.5}, ("min_sparsity", 0.5, True)),
+        ({"min_sparsity": 0.6}, ("min_sparsity", 0.5, False)),
+    ],
+)
+def test_gates_stand_beside_what_was_measured(
+    evidence: MakeEvidence, limits: dict[str, float], expected: tuple[Any, ...]
+) -> None:
+    times = {"dense FP32": 4.0, "dense INT8": 2.0, "2:4 INT8": 1.0}
+    found = evidence(times, {"dense FP32": 0.9, "dense INT8": 0.9, "2:4 INT8": 0.89})
+    (gate,) = gates(found, {**NONE, **limits})
+    assert (gate.name, gate.met) == (expected[0], expected[2])
+    assert gate.value == pytest.approx(expected[1])
+    assert gate.limit == next(iter(limits.values()))
+
+
+def test_gates_without_a_race_are_not_measured_and_none_is_left_out(evidence: MakeEvidence) -> None:
+    found: dict[str, Gate] = {
+        gate.name: gate
+        for gate in gates(evidence(None, EQUAL), {"max_drop": 0.1, "min_speedup": 2.0, "min_sparsity": 0.5})
+    }
+    assert {name: gate.met for name, gate in found.items()} == {
+        "max_drop": True,
+        "min_speedup": None,
+        "min_sparsity": True,
+    }
+    assert gates(evidence(None, EQUAL), NONE) == ()
+
+
+def test_where_no_model_holds_the_gate_none_is_shipped(evidence: MakeEvidence) -> None:
+    times, values = {"dense INT8": 1.0, "2:4 INT8": 0.5}, {"dense FP32": 0.9, "dense INT8": 0.5, "2:4 INT8": 0.5}
+    assert verdict(evidence(times, values), 0.1).startswith("Verdict: no model holds the accuracy gate; ")
+
+
+@pytest.mark.parametrize("times", [None, {"dense FP32": 1.0, "dense INT8": 1.0, "2:4 INT8": 1.0}])
+def test_a_collapsed_layer_is_part_of_the_verdict(evidence: MakeEvidence, times: dict[str, float] | None) -> None:
+    found = dataclasses.replace(evidence(times, EQUAL), collapsed=("conv1", "fc"))
+    assert verdict(found, None).endswith("; layer collapse: no weight is left in conv1, fc.")
