@@ -157,6 +157,7 @@ def publish(
     outcomes: Sequence[Outcome],
     recipe: Path,
     digests: DigestCache,
+    *,
     sets: Sequence[str] = (),
 ) -> None:
     """Write the reports, copy ONNX files, engines and the recipe; what is there with the same bytes stays."""
