@@ -40,6 +40,11 @@ class PlannedStep:
     inputs: Mapping[str, Ref]
     label: str = ""
 
+    @property
+    def branch(self) -> str:
+        """`dense` or `sparse`; for a race the stage's name."""
+        return self.id.partition("/")[0]
+
 
 @dataclass
 class _Branch:

@@ -7,8 +7,8 @@ torch or numpy: a recipe is judged on a machine that has neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 
@@ -24,84 +24,80 @@ class NotGiven(Section):
     """Stands for the `params` of a menu section until its entry's own `Params` takes their place."""
 
 
-def _entry(which: str) -> Callable[[str], str]:
-    def check(name: str) -> str:
-        if name not in menu.names(which):
-            raise ValueError(f"unknown name {name!r}{menu.did_you_mean(name, menu.names(which))}")
+class MenuSection(Section):
+    """A section that names an entry of the menu `MENU` in its field `KEY`, which stands before its `params`."""
+
+    MENU: ClassVar[str]
+    KEY: ClassVar[str]
+
+    @field_validator("source", "name", "criterion", "method", "runtime", check_fields=False)
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in menu.names(cls.MENU):
+            raise ValueError(f"unknown name {name!r}{menu.did_you_mean(name, menu.names(cls.MENU))}")
         return name
 
-    return check
-
-
-def _typed_params(which: str, key: str, value: Any, info: ValidationInfo) -> Section:
-    name = info.data.get(key)
-    if name is None:  # the name is already reported as a mistake
-        return NotGiven()
-    params: type[Section] = menu.entry(which, name).Params
-    if isinstance(value, params):
-        return value
-    if isinstance(value, NotGiven):
-        value = None
-    if value is not None and not isinstance(value, Mapping):
-        raise ValueError("expected a mapping of parameters")
-    return params.model_validate(value or {}, context=info.context)
+    @field_validator("params", mode="before", check_fields=False)
+    @classmethod
+    def _params(cls, value: Any, info: ValidationInfo) -> Section:
+        name = info.data.get(cls.KEY)
+        if name is None:  # the name is already reported as a mistake
+            return NotGiven()
+        params: type[Section] = menu.entry(cls.MENU, name).Params
+        if isinstance(value, params):
+            return value
+        if isinstance(value, NotGiven):
+            value = None
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError("expected a mapping of parameters")
+        return params.model_validate(value or {}, context=info.context)
 
 
 ParamsOf = SerializeAsAny[Section]
 """The validated `Params` of the menu entry named beside it."""
 
 
-class Model(Section):
+class Model(MenuSection):
     """Where the network comes from, and a checkpoint to start from."""
 
+    MENU: ClassVar[str] = "models"
+    KEY: ClassVar[str] = "source"
     source: str = Field("builtin", description="a model source, see `sparsify-deploy list models`")
     params: ParamsOf = Field(default_factory=NotGiven, description="the source's own parameters")
     checkpoint: InputPath | None = Field(
         None, description="weights to start from: .safetensors, or .pt read with weights_only"
     )
-    _known = field_validator("source")(_entry("models"))
-
-    @field_validator("params", mode="before")
-    @classmethod
-    def _params(cls, value: Any, info: ValidationInfo) -> Section:
-        return _typed_params("models", "source", value, info)
 
 
-class Data(Section):
+class Data(MenuSection):
     """Where the examples come from."""
 
+    MENU: ClassVar[str] = "datasets"
+    KEY: ClassVar[str] = "source"
     source: str = Field("digits", description="a data set source, see `sparsify-deploy list datasets`")
     params: ParamsOf = Field(default_factory=NotGiven, description="the source's own parameters")
     augment: tuple[Literal["crop", "flip"], ...] = Field(
         (), strict=False, description="for images while training: crop pads by an eighth and crops at random"
     )
-    _known = field_validator("source")(_entry("datasets"))
-
-    @field_validator("params", mode="before")
-    @classmethod
-    def _params(cls, value: Any, info: ValidationInfo) -> Section:
-        return _typed_params("datasets", "source", value, info)
 
 
-class TaskSection(Section):
+class TaskSection(MenuSection):
     """What the model is for: loss and metrics."""
 
+    MENU: ClassVar[str] = "tasks"
+    KEY: ClassVar[str] = "name"
     name: str = "classification"
     params: ParamsOf = Field(default_factory=NotGiven)
-    _known = field_validator("name")(_entry("tasks"))
-
-    @field_validator("params", mode="before")
-    @classmethod
-    def _params(cls, value: Any, info: ValidationInfo) -> Section:
-        return _typed_params("tasks", "name", value, info)
 
 
 Patterns = Annotated[tuple[str, ...], Field(strict=False)]
 
 
-class Init(Section):
+class Init(MenuSection):
     """A mask before training, at the recipe's `sparsity`."""
 
+    MENU: ClassVar[str] = "criteria"
+    KEY: ClassVar[str] = "criterion"
     criterion: str = "synflow"
     params: ParamsOf = Field(default_factory=NotGiven)
     allocation: Literal["global", "uniform", "erk"] = Field(
@@ -109,26 +105,16 @@ class Init(Section):
     )
     keep_dense: Patterns = Field((), description="layers left dense, shell patterns over module names")
     batches: int = Field(1, ge=1, description="training batches a data-driven criterion sees")
-    _known = field_validator("criterion")(_entry("criteria"))
-
-    @field_validator("params", mode="before")
-    @classmethod
-    def _params(cls, value: Any, info: ValidationInfo) -> Section:
-        return _typed_params("criteria", "criterion", value, info)
 
 
-class Train(Section):
+class Train(MenuSection):
     """Training with a dense, fixed or moving mask."""
 
+    MENU: ClassVar[str] = "methods"
+    KEY: ClassVar[str] = "method"
     method: str = "rigl"
     params: ParamsOf = Field(default_factory=NotGiven)
     training: TrainingOverride = TrainingOverride()
-    _known = field_validator("method")(_entry("methods"))
-
-    @field_validator("params", mode="before")
-    @classmethod
-    def _params(cls, value: Any, info: ValidationInfo) -> Section:
-        return _typed_params("methods", "method", value, info)
 
 
 class NM(Section):
@@ -182,17 +168,13 @@ class Export(Section):
     max_relative_difference: Positive = Field(1e-4, description="FP32: largest difference over the largest output")
 
 
-class Target(Section):
+class Target(MenuSection):
     """One engine to build."""
 
+    MENU: ClassVar[str] = "runtimes"
+    KEY: ClassVar[str] = "runtime"
     runtime: str
     params: ParamsOf = Field(default_factory=NotGiven)
-    _known = field_validator("runtime")(_entry("runtimes"))
-
-    @field_validator("params", mode="before")
-    @classmethod
-    def _params(cls, value: Any, info: ValidationInfo) -> Section:
-        return _typed_params("runtimes", "runtime", value, info)
 
 
 class Benchmark(Section):
@@ -217,12 +199,7 @@ class Gates(Section):
 
 
 MENU_SECTIONS: Mapping[type[Section], tuple[str, str]] = {
-    Model: ("models", "source"),
-    Data: ("datasets", "source"),
-    TaskSection: ("tasks", "name"),
-    Init: ("criteria", "criterion"),
-    Train: ("methods", "method"),
-    Target: ("runtimes", "runtime"),
+    section: (section.MENU, section.KEY) for section in (Model, Data, TaskSection, Init, Train, Target)
 }
 """Sections that name an entry of a menu: the menu, and the field that holds the name; `params` are the entry's."""
 

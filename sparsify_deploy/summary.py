@@ -91,9 +91,8 @@ def _engine(outcome: Outcome) -> EngineRow:
     stage = outcome.step.stage
     assert isinstance(stage, BuildEngine)
     facts = outcome.record.measured
-    branch = outcome.step.id.partition("/")[0]
     return EngineRow(
-        branch=branch,
+        branch=outcome.step.branch,
         runtime=stage.runtime,
         file=str(_published(outcome).relative_to(".")),
         bytes=facts["bytes"],
@@ -108,7 +107,7 @@ def _published(outcome: Outcome) -> Path:
     """Where in the run directory an engine is put."""
     stage = outcome.step.stage
     assert isinstance(stage, BuildEngine)
-    return engine_file(Path("engines") / outcome.step.id.partition("/")[0] / stage.runtime, stage.runtime)
+    return engine_file(Path("engines") / outcome.step.branch / stage.runtime, stage.runtime)
 
 
 def _notes(outcome: Outcome) -> list[str]:
@@ -166,7 +165,7 @@ def publish(
     folder.mkdir(parents=True, exist_ok=True)
     for outcome in outcomes:
         if isinstance(outcome.step.stage, ExportOnnx):
-            _copy_onnx(outcome, folder / "onnx" / outcome.step.id.partition("/")[0] / "model.onnx", digests)
+            _copy_onnx(outcome, folder / "onnx" / outcome.step.branch / "model.onnx", digests)
         if isinstance(outcome.step.stage, BuildEngine):
             target = (folder / _published(outcome)).parent
             if not target.is_dir() or digests.digest(target) != outcome.record.digests["engine"]:

@@ -35,24 +35,27 @@ def _lines(report: RunReport) -> Iterator[str]:
     yield report.verdict + "\n"
     for table in tables(report):
         yield f"## {table.title}\n"
-        yield "| " + " | ".join(table.columns) + " |"
-        yield "|" + " --- |" * len(table.columns)
-        for row in table.rows:
-            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+        yield from _grid(table.columns, table.rows)
         yield f"\n{table.how}\n" if table.how else ""
     if report.notes:
         yield "## Notes\n"
         yield from (f"- {note}" for note in report.notes)
         yield ""
     yield "## Steps\n"
-    yield "| step | state | s | fingerprint | why |\n| --- | --- | --- | --- | --- |"
-    for step in report.steps:
-        cells = (step.id, step.state, f"{step.seconds:.1f}", step.fingerprint[:12], step.why)
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    steps = [(s.id, s.state, f"{s.seconds:.1f}", s.fingerprint[:12], s.why) for s in report.steps]
+    yield from _grid(("step", "state", "s", "fingerprint", "why"), steps)
     yield "\n## Machine\n"
     for name, value in sorted(report.machine.items()):
         shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
         yield f"- {name}: {shown}"
+
+
+def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a Markdown table."""
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + " --- |" * len(columns)
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
 
 
 def waterfall(report: RunReport) -> Table:

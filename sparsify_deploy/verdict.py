@@ -14,14 +14,6 @@ SPARSE_KERNELS = {"openvino": False, "onnxruntime": False, "tensorrt": True, "te
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One model that could be shipped: the label of its row, the branch and the metric of its engine or its row."""
-
-    label: str
-    value: float
-
-
-@dataclass(frozen=True)
 class Evidence:
     """What a verdict rests on. `dense_start` is the dense FP32 model, the others the final models of the branches."""
 
