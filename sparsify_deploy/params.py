@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 
 class Params(BaseModel):
@@ -34,3 +34,20 @@ the fingerprint of a stage."""
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+def n_and_m(pattern: str) -> tuple[int, int]:
+    """`(N, M)` of a pattern `N:M`."""
+    n, m = map(int, pattern.split(":"))
+    return n, m
+
+
+def _n_below_m(pattern: str) -> str:
+    n, m = n_and_m(pattern)
+    if not n < m <= 16:
+        raise ValueError("N must be below M and M at most 16, as in 2:4")
+    return pattern
+
+
+NMPattern = Annotated[str, Field(pattern=r"^[1-9][0-9]?:[1-9][0-9]?$"), AfterValidator(_n_below_m)]
+"""`N:M`: N of every M consecutive input channels are kept, N < M <= 16."""

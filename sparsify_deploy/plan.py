@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from sparsify_deploy import menu
 from sparsify_deploy.recipe import NM, Quantize, Recipe
+from sparsify_deploy.recipe import Train as TrainSection
 from sparsify_deploy.stages.base import Stage
 from sparsify_deploy.stages.benchmark import BenchmarkEngines, Variant
 from sparsify_deploy.stages.build_engine import BuildEngine
@@ -21,6 +23,7 @@ from sparsify_deploy.stages.project_nm import ProjectNM
 from sparsify_deploy.stages.quantize import Quantize as QuantizeStage
 from sparsify_deploy.stages.subject import Subject
 from sparsify_deploy.stages.train import Train
+from sparsify_deploy.training.settings import Training
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def _is_sparse(recipe: Recipe) -> bool:
-    return recipe.init is not None or recipe.nm is not None
+    moves = recipe.train is not None and menu.entry("methods", recipe.train.method).LEAVES_MASK
+    return moves or recipe.nm is not None
 
 
 def _branch(recipe: Recipe, subject: Subject, name: str) -> _Branch:
@@ -119,16 +123,14 @@ def _branch(recipe: Recipe, subject: Subject, name: str) -> _Branch:
     batch_size = recipe.training.batch_size if recipe.training else 64
     nm = recipe.nm if sparse else None
     pattern = nm.pattern if nm else ""
-    if sparse and recipe.init is not None and recipe.sparsity is not None:
+    if sparse and recipe.init is not None:
         branch.add(InitMask(subject, recipe.init, recipe.sparsity, batch_size))
     if recipe.train is not None:
         settings = recipe.training_for(recipe.train.training)
-        fit = (
-            Fit(recipe.train.method, recipe.train.params, settings, "train")
-            if sparse
-            else hold(False, settings, "train")
-        )
+        fit = _sparse_fit(recipe, recipe.train, settings) if sparse else hold(False, settings, "train")
         branch.add(Train(subject, fit))
+        if recipe.distillation is not None and recipe.distillation.teacher is None:
+            branch.at_hand["teacher"] = Ref("dense/train", "weights")
         if fit.method != "dense":
             branch.measure("train", "sparse FP32", None, None)
         elif not sparse or not recipe.dense_branch:  # else it is the dense branch's own model, measured there
@@ -138,14 +140,15 @@ def _branch(recipe: Recipe, subject: Subject, name: str) -> _Branch:
     if recipe.nm is not None:
         training = recipe.training_for(recipe.nm.fine_tune) if recipe.nm.fine_tune else None
         if nm is not None:
-            branch.add(ProjectNM(subject, nm, training, batch_size))
+            branch.add(ProjectNM(subject, nm, training, batch_size, recipe.distilled("fine_tune")))
             branch.measure("project_nm", f"{pattern} FP32", nm, None)
         elif training is not None:
-            branch.add(Train(subject, hold(False, training, "fine_tune")), "fine_tune")
+            fine_tune = Train(subject, hold(False, training, "fine_tune"), recipe.distilled("fine_tune"))
+            branch.add(fine_tune, "fine_tune")
             branch.measure("fine_tune", "dense FP32, fine-tuned", None, None)
     if recipe.quantize is not None:
         training = recipe.training_for(recipe.quantize.qat) if recipe.quantize.qat else None
-        branch.add(QuantizeStage(subject, recipe.quantize, training, batch_size))
+        branch.add(QuantizeStage(subject, recipe.quantize, training, batch_size, recipe.distilled("qat")))
         branch.measure("quantize", f"{pattern or name} INT8", nm, recipe.quantize)
     if recipe.deploy:
         branch.add(ExportOnnx(subject, recipe.export, recipe.quantize, nm))
@@ -153,6 +156,11 @@ def _branch(recipe: Recipe, subject: Subject, name: str) -> _Branch:
             stage = BuildEngine(subject, target.runtime, target.params, batch_size)
             branch.add(stage, f"build_engine.{target.runtime}")
     return branch
+
+
+def _sparse_fit(recipe: Recipe, train: TrainSection, settings: Training) -> Fit:
+    prunes = menu.entry("methods", train.method).NEEDS_SPARSITY
+    return Fit(train.method, train.params, settings, "train", recipe.sparsity if prunes else None)
 
 
 def _race(recipe: Recipe, subject: Subject, branches: list[_Branch], runtime: str, index: int) -> PlannedStep:

@@ -8,14 +8,15 @@ torch or numpy: a recipe is judged on a machine that has neither.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 
 from sparsify_deploy import menu
-from sparsify_deploy.params import Fraction, InputPath, NonNegative, Positive
+from sparsify_deploy.params import Fraction, InputPath, NMPattern, NonNegative, Positive, n_and_m
 from sparsify_deploy.params import Params as Section
-from sparsify_deploy.training.settings import Training, TrainingOverride
+from sparsify_deploy.training.settings import Distillation, Training, TrainingOverride
 
 SCHEMA_VERSION = 1
 
@@ -94,7 +95,7 @@ Patterns = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 class Init(MenuSection):
-    """A mask before training, at the recipe's `sparsity`."""
+    """A mask before training, at the recipe's `sparsity` or of an N:M pattern."""
 
     MENU: ClassVar[str] = "criteria"
     KEY: ClassVar[str] = "criterion"
@@ -104,7 +105,14 @@ class Init(MenuSection):
         "global", description="how the density is shared out over layers"
     )
     keep_dense: Patterns = Field((), description="layers left dense, shell patterns over module names")
+    pattern: NMPattern | None = Field(
+        None,
+        description="N of every M input channels, in place of sparsity and allocation; for training that stays N:M",
+    )
     batches: int = Field(1, ge=1, description="training batches a data-driven criterion sees")
+    samples_per_class: int | None = Field(
+        None, ge=1, description="so many training examples of each class, in place of `batches` batches as they come"
+    )
 
 
 class Train(MenuSection):
@@ -120,28 +128,28 @@ class Train(MenuSection):
 class NM(Section):
     """N:M projection along input channels, then fine-tuning with the mask held."""
 
-    pattern: str = Field("2:4", pattern=r"^[1-9][0-9]?:[1-9][0-9]?$", description="N:M, N of every M kept, M <= 16")
+    pattern: NMPattern = Field("2:4", description="N:M, N of every M kept, M <= 16")
+    via: Annotated[tuple[NMPattern, ...], Field(strict=False)] = Field(
+        (), description="looser patterns on the way, such as [4:8]; each gets an equal share of the fine-tuning"
+    )
+    permute: Literal["none", "channel_swap", "stripe_groups"] = Field(
+        "none", description="reorder channels first so that the pattern keeps more magnitude; the outputs stay the same"
+    )
     fill: bool = Field(True, description="grow every group back to N weights where the sparse mask left fewer")
     fill_batches: int = Field(8, ge=1, description="batches whose dense gradient chooses the refilled positions")
     layers: Literal["rule_of_thumb", "pattern_possible"] = Field(
         "rule_of_thumb", description="rule_of_thumb: K % 8 and C % 16 as ASP; pattern_possible: C % M"
     )
     keep_dense: Patterns = Field((), description="layers never projected, shell patterns over module names")
+    keep_worst_dense: int = Field(
+        0, ge=0, description="leave so many more layers dense: those that lose most when projected alone"
+    )
     fine_tune: TrainingOverride | None = Field(None, description="none: project only")
-
-    @field_validator("pattern")
-    @classmethod
-    def _n_below_m(cls, value: str) -> str:
-        n, m = map(int, value.split(":"))
-        if not (n < m <= 16):
-            raise ValueError("N must be below M and M at most 16, as in 2:4")
-        return value
 
     @property
     def nm(self) -> tuple[int, int]:
         """N and M."""
-        n, m = map(int, self.pattern.split(":"))
-        return n, m
+        return n_and_m(self.pattern)
 
 
 class Quantize(Section):
@@ -222,6 +230,7 @@ class Recipe(Section):
     train: Train | None = None
     nm: NM | None = None
     quantize: Quantize | None = None
+    distillation: Distillation | None = None
     export: Export = Export()
     deploy: Annotated[tuple[Target, ...], Field(strict=False)] = ()
     benchmark: Benchmark = Benchmark()
@@ -231,6 +240,10 @@ class Recipe(Section):
         """The training defaults with one stage's override on top; `mistakes` has checked that it has a length."""
         return override.over(self.training or Training(steps=1))
 
+    def distilled(self, phase: Literal["fine_tune", "qat"]) -> Distillation | None:
+        """The distillation of one phase, None where the recipe asks for none there."""
+        return self.distillation if self.distillation and phase in self.distillation.phases else None
+
 
 Mistake = tuple[tuple[str | int, ...], str]
 """The path of a field, and `what, what to do`."""
@@ -238,7 +251,8 @@ Mistake = tuple[tuple[str | int, ...], str]
 
 def mistakes(recipe: Recipe) -> list[Mistake]:
     """What no single section can see."""
-    return [*_training_mistakes(recipe), *_mask_mistakes(recipe), *_deploy_mistakes(recipe), *_gate_mistakes(recipe)]
+    parts = (_training_mistakes, _mask_mistakes, _distillation_mistakes, _deploy_mistakes, _gate_mistakes)
+    return [mistake for part in parts for mistake in part(recipe)]
 
 
 def _training_mistakes(recipe: Recipe) -> Iterator[Mistake]:
@@ -253,18 +267,63 @@ def _training_mistakes(recipe: Recipe) -> Iterator[Mistake]:
 
 
 def _mask_mistakes(recipe: Recipe) -> Iterator[Mistake]:
-    sparse = recipe.train is not None and recipe.train.method != "dense"
-    if recipe.sparsity is None and recipe.init is not None:
-        yield ("init",), "needs the share of weights to drop: give sparsity at the top, such as 0.8"
-    if recipe.sparsity is not None and recipe.init is None:
-        yield ("sparsity",), "has no effect without an init section: add one, or remove it"
-    if recipe.train is not None and sparse and recipe.init is None:
-        text = f"{recipe.train.method} needs a starting mask: add an init section (random with erk is RigL's own)"
-        yield ("train", "method"), text
-    if recipe.train is not None and not sparse and recipe.init is not None:
-        yield ("init",), "has no effect with train.method dense: remove one of the two"
-    if recipe.init is not None and recipe.train is None:
+    init, train = recipe.init, recipe.train
+    method = menu.entry("methods", train.method) if train is not None else None
+    if train is not None and method is not None:
+        if method.NEEDS_MASK and init is None:
+            text = f"{train.method} needs a starting mask: add an init section (random with erk is RigL's own)"
+            yield ("train", "method"), text
+        if not method.NEEDS_MASK and init is not None:
+            yield ("init",), f"has no effect with train.method {train.method}: remove one of the two"
+        if method.NEEDS_SPARSITY and recipe.sparsity is None:
+            yield ("train", "method"), f"{train.method} needs the share of weights to drop: give sparsity at the top"
+    if init is not None and train is None:
         yield ("init",), "has no effect without a train section: add one, or remove it"
+    if init is not None and init.pattern is None and recipe.sparsity is None:
+        yield ("init",), "needs the share of weights to drop: give sparsity at the top, such as 0.8"
+    if recipe.sparsity is not None:
+        if init is not None and init.pattern is not None:
+            yield ("sparsity",), f"has no effect beside init.pattern {init.pattern}: remove one of the two"
+        elif init is None and not (method and method.NEEDS_SPARSITY):
+            yield ("sparsity",), "has no effect without an init section: add one, or remove it"
+    yield from _nm_mistakes(recipe)
+
+
+def _nm_mistakes(recipe: Recipe) -> Iterator[Mistake]:
+    if recipe.nm is None:
+        return
+    for i, (loose, tight) in enumerate(pairwise((*recipe.nm.via, recipe.nm.pattern))):
+        (loose_n, loose_m), (n, m) = n_and_m(loose), n_and_m(tight)
+        # A looser group is a whole number of tighter ones, and keeps at least what they keep.
+        if loose_m % m or loose_n * m < n * loose_m or loose == tight:
+            yield ("nm", "via", i), f"{loose} does not contain {tight}: the way to 2:4 goes through 4:8, for one"
+    if recipe.nm.via and recipe.nm.fine_tune is None:
+        yield ("nm", "via"), "has no effect without nm.fine_tune: add one, or remove it"
+
+
+def _distillation_mistakes(recipe: Recipe) -> Iterator[Mistake]:
+    distillation = recipe.distillation
+    if distillation is None:
+        return
+    phases = {
+        "fine_tune": ("nm.fine_tune", recipe.nm is not None and recipe.nm.fine_tune is not None),
+        "qat": ("quantize.qat", recipe.quantize is not None and recipe.quantize.qat is not None),
+    }
+    for i, phase in enumerate(distillation.phases):
+        section, there = phases[phase]
+        if not there:
+            yield (
+                ("distillation", "phases", i),
+                f"{phase} has no effect without {section}: add it, or leave {phase} out",
+            )
+    if distillation.teacher is None and recipe.train is not None and not recipe.dense_branch:
+        yield (
+            ("distillation",),
+            "the teacher is the dense baseline: set dense_branch true, or name a teacher checkpoint",
+        )
+    if distillation.features and recipe.nm is not None and recipe.nm.permute != "none":
+        text = "are compared channel by channel, and nm.permute reorders channels: use logits, or permute none"
+        yield ("distillation", "features"), text
 
 
 def _deploy_mistakes(recipe: Recipe) -> Iterator[Mistake]:

@@ -26,12 +26,16 @@ PHASES: tuple[Phase, ...] = ("train", "fine_tune", "qat")
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A training method, its settings, and its phase: each phase draws its batches in an order of its own."""
+    """A training method, its settings, and its phase: each phase draws its batches in an order of its own.
+
+    `sparsity` is what a method that prunes while it trains ends with; None for the others.
+    """
 
     method: str
     params: BaseModel
     training: Training
     phase: Phase
+    sparsity: float | None = None
 
     def version(self) -> dict[str, int]:
         """The method's entry in a fingerprint."""
@@ -63,7 +67,8 @@ def fit_(
         augment=subject.data.augment,
         label=fit.phase,
     )
-    after: Mask | None = menu.entry("methods", fit.method).train(trainer, mask, fit.params)
+    density = None if fit.sparsity is None else 1.0 - fit.sparsity
+    after: Mask | None = menu.entry("methods", fit.method).train(trainer, mask, fit.params, density)
     cost = training_cost(model, subject.example(), subject.examples.inputs, trainer.history)
     return after, {"method": fit.method, "history": dataclasses.asdict(trainer.history), "cost": cost}
 

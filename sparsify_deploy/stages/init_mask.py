@@ -20,7 +20,7 @@ class InitMask:
 
     subject: Subject
     init: Init
-    sparsity: float
+    sparsity: float | None
     batch_size: int
 
     name: ClassVar[str] = "init_mask"

@@ -12,7 +12,7 @@ from sparsify_deploy.recipe import NM
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.fitting import estimate, fit_, hold
 from sparsify_deploy.stages.subject import Subject, reproducible, save_weights, unmet_packages
-from sparsify_deploy.training.settings import Training
+from sparsify_deploy.training.settings import Distillation, Training
 from sparsify_deploy.types import Context, Facts, Json
 
 if TYPE_CHECKING:
@@ -31,10 +31,11 @@ class ProjectNM:
     nm: NM
     training: Training | None
     batch_size: int
+    distillation: Distillation | None = None
 
     name: ClassVar[str] = "project_nm"
     version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("weights", "mask")
+    inputs: ClassVar[tuple[str, ...]] = ("weights", "mask", "teacher", "sensitivity")
     outputs: ClassVar[Mapping[str, str]] = {"weights": "weights.safetensors", "mask": "mask.safetensors"}
     environment: ClassVar[tuple[str, ...]] = ()
 

@@ -14,7 +14,7 @@ from sparsify_deploy.recipe import Quantize as QuantizeSection
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.fitting import estimate, fit_, hold
 from sparsify_deploy.stages.subject import Subject, load_tensors, reproducible, save_tensors, unmet_packages
-from sparsify_deploy.training.settings import Training
+from sparsify_deploy.training.settings import Distillation, Training
 from sparsify_deploy.types import Context, Facts, Json
 
 if TYPE_CHECKING:
@@ -29,10 +29,11 @@ class Quantize:
     quantize: QuantizeSection
     training: Training | None
     batch_size: int
+    distillation: Distillation | None = None
 
     name: ClassVar[str] = "quantize"
     version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("weights", "mask")
+    inputs: ClassVar[tuple[str, ...]] = ("weights", "mask", "teacher")
     outputs: ClassVar[Mapping[str, str]] = {"quantized": "quantized.safetensors"}
     environment: ClassVar[tuple[str, ...]] = ("modelopt",)
 

@@ -11,6 +11,7 @@ from sparsify_deploy import menu
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.fitting import Fit, estimate, fit_
 from sparsify_deploy.stages.subject import Subject, reproducible, save_weights, unmet_packages
+from sparsify_deploy.training.settings import Distillation
 from sparsify_deploy.types import Context, Facts
 
 
@@ -20,16 +21,17 @@ class Train:
 
     subject: Subject
     fit: Fit
+    distillation: Distillation | None = None
 
     name: ClassVar[str] = "train"
     version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("weights", "mask")
+    inputs: ClassVar[tuple[str, ...]] = ("weights", "mask", "teacher")
     environment: ClassVar[tuple[str, ...]] = ()
 
     @property
     def outputs(self) -> Mapping[str, str]:
         files = {"weights": "weights.safetensors"}
-        if menu.entry("methods", self.fit.method).NEEDS_MASK:
+        if menu.entry("methods", self.fit.method).LEAVES_MASK:
             files["mask"] = "mask.safetensors"
         return files
 

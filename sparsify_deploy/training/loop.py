@@ -138,6 +138,7 @@ class Trainer:
                 self._save(path, updater)
                 saved_at = time.monotonic()
         if not finished:
+            updater.finish()
             self._check_result(updater, label)
             self._save(path, updater)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from sparsify_deploy.params import Fraction, NonNegative, Positive
+from sparsify_deploy.params import Fraction, InputPath, NonNegative, Positive
 from sparsify_deploy.params import Params as Section
 
 
@@ -62,6 +62,22 @@ class Training(Section):
         if self.epochs is None:
             return self.steps or 1
         return max(1, round(self.epochs * self.steps_per_epoch(examples)))
+
+
+class Distillation(Section):
+    """A dense teacher's answers as part of the loss (Hinton 2015, arXiv 1503.02531)."""
+
+    teacher: InputPath | None = Field(
+        None, description="a checkpoint of the same network: .safetensors or .pt; none: the dense FP32 baseline"
+    )
+    temperature: Positive = Field(4.0, description="softens both sides' logits; their loss is scaled by its square")
+    weight: float = Field(0.9, gt=0.0, le=1.0, description="share of the teacher's loss; the task's own gets the rest")
+    features: tuple[str, ...] = Field(
+        (), strict=False, description="modules whose outputs are compared in place of the logits"
+    )
+    phases: tuple[Literal["fine_tune", "qat"], ...] = Field(
+        ("fine_tune", "qat"), strict=False, min_length=1, description="where it applies"
+    )
 
 
 class OptimizerOverride(Section):

@@ -48,7 +48,7 @@ class Updater(Protocol):
 
     @property
     def dense_gradient_every(self) -> int | None:
-        """Optimizer steps between two steps that need the dense gradient, for the cost; None: never."""
+        """Optimizer steps between two steps that need the dense gradient, for the cost; 0: each, None: never."""
         ...
 
     def before_forward(self, step: int, /) -> None: ...
@@ -58,6 +58,10 @@ class Updater(Protocol):
         ...
 
     def after_step(self, step: int, /) -> None: ...
+
+    def finish(self) -> None:
+        """Called once after the last step: the model's parameters become what is kept, pruned weights zero."""
+        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings and containers of them, enough to go on exactly."""
@@ -81,6 +85,9 @@ class Dense:
         return True
 
     def after_step(self, _step: int) -> None:
+        pass
+
+    def finish(self) -> None:
         pass
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,6 +148,9 @@ class HoldMask:
         return True
 
     def after_step(self, _step: int) -> None:
+        pass
+
+    def finish(self) -> None:
         pass
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,7 +17,14 @@ class TrainingMethod(Protocol):
     Params: type[AnyParams]
     NEEDS_MASK: bool
     """Whether it starts from a mask; where False, giving it one is `UsageError`."""
+    NEEDS_SPARSITY: bool
+    """Whether it prunes while it trains, down to the recipe's `sparsity`."""
+    LEAVES_MASK: bool
+    """Whether it ends with a mask."""
 
-    def train(self, trainer: Trainer, mask: Mask | None, params: Any, /) -> Mask | None:
-        """Train `trainer.model` in place and return its final mask; `trainer.history` tells how it went."""
+    def train(self, trainer: Trainer, mask: Mask | None, params: Any, density: float | None = None, /) -> Mask | None:
+        """Train `trainer.model` in place and return its final mask; `trainer.history` tells how it went.
+
+        `density` is given where NEEDS_SPARSITY: the share of the weights of the layers it prunes to end with.
+        """
         ...

@@ -13,13 +13,15 @@ if TYPE_CHECKING:
 
 VERSION = 1
 NEEDS_MASK = False
+NEEDS_SPARSITY = False
+LEAVES_MASK = False
 
 
 class Params(Base):
     """Dense training has no parameters."""
 
 
-def train(trainer: Trainer, mask: Mask | None, params: Params) -> None:
+def train(trainer: Trainer, mask: Mask | None, params: Params, density: float | None = None) -> None:
     """One fit without a mask."""
     from sparsify_deploy.training.updater import Dense
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 NEEDS_MASK = True
+NEEDS_SPARSITY = False
+LEAVES_MASK = True
 
 
 class Params(Base):
@@ -43,7 +45,7 @@ class Params(Base):
     )
 
 
-def train(trainer: Trainer, mask: Mask | None, params: Params) -> Mask:
+def train(trainer: Trainer, mask: Mask | None, params: Params, density: float | None = None) -> Mask:
     """One fit; every layer keeps its number of weights. Dense layers and frozen ones are never rewired."""
     from sparsify_deploy.training.updater import HoldMask
 
@@ -109,6 +111,9 @@ class RigL:
 
     def after_step(self, step: int) -> None:
         self._held.after_step(step)
+
+    def finish(self) -> None:
+        self._held.finish()
 
     def _rewire(self, step: int) -> None:
         from sparsify_deploy.sparsity.schedules import cosine_drop_fraction

@@ -13,13 +13,15 @@ if TYPE_CHECKING:
 
 VERSION = 1
 NEEDS_MASK = True
+NEEDS_SPARSITY = False
+LEAVES_MASK = True
 
 
 class Params(Base):
     """Training with a fixed mask has no parameters."""
 
 
-def train(trainer: Trainer, mask: Mask | None, params: Params) -> Mask:
+def train(trainer: Trainer, mask: Mask | None, params: Params, density: float | None = None) -> Mask:
     """One fit with `mask` held at every step."""
     from sparsify_deploy.training.updater import HoldMask
 

@@ -160,7 +160,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def entry(which: str, name: str) -> Any:
         if name in menu.names(which):
             return real(which, name)
-        return SimpleNamespace(VERSION=1, files=lambda params: {}, NEEDS_MASK=True, SUFFIX=".x")
+        return SimpleNamespace(VERSION=1, files=lambda params: {}, NEEDS_MASK=True, NEEDS_SPARSITY=False, LEAVES_MASK=True, SUFFIX=".x")
 
     monkeypatch.setattr(menu, "entry", entry)
     monkeypatch.setattr(pipeline, "fact", lambda name: f"{name} 1")
