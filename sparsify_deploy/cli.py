@@ -24,6 +24,8 @@ _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.
 _CTRL_C = 130
 """What typer returns where a verb was interrupted."""
 
+_WHERE = "where training runs; auto: a GPU if torch sees one"
+
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe, a YAML file")]
 Sets = Annotated[
     list[str] | None,
@@ -91,7 +93,7 @@ def run(
     start: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="run again from this stage on")] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="stop after this stage")] = None,
     again: Annotated[list[str] | None, typer.Option(metavar="STAGE", help="run this stage again; repeatable")] = None,
-    device: Annotated[Device, typer.Option(help="where training runs; auto: a GPU if torch sees one")] = Device.auto,
+    device: Annotated[Device, typer.Option(help=_WHERE)] = Device.auto,
     checkpoint_every: Annotated[float, typer.Option(metavar="SECONDS", help="step checkpoints while training")] = 30.0,
     trust_code: Trust = False,
     as_json: AsJson = False,
@@ -112,6 +114,29 @@ def run(
         )
     console.run_report(report, as_json=as_json)
     return workspace.exit_code(report)
+
+
+@app.command(short_help="Measure what each layer alone loses in N:M and in INT8.")
+def sensitivity(
+    recipe: RecipeFile,
+    sets: Sets = None,
+    run_dir: RunDir = None,
+    store: Store = None,
+    device: Annotated[Device, typer.Option(help=_WHERE)] = Device.auto,
+    trust_code: Trust = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure, layer by layer, what is lost if it alone is projected on N:M, and if it alone is INT8.
+
+    Trains what the recipe trains before projection, unless that is done, and adds the table to the run's report.
+    """
+    from sparsify_deploy import workspace
+
+    with console.progress(quiet=quiet, verbose=False) as progress:
+        opened = workspace.open_run(recipe, sets or (), run_dir, store, trust_code=trust_code)
+        found = opened.sensitivity(progress, device=device.value)
+    console.sensitivity(found, as_json=as_json)
 
 
 @app.command(short_help="Check a recipe and name every mistake.")

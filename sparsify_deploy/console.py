@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sparsify_deploy.doctor import Finding
     from sparsify_deploy.pipeline import Status
     from sparsify_deploy.recipe import Recipe
-    from sparsify_deploy.reports import RunReport
+    from sparsify_deploy.reports import RunReport, SensitivityReport
     from sparsify_deploy.tables import Table
     from sparsify_deploy.timing import Race
     from sparsify_deploy.types import Json, Progress
@@ -286,6 +286,17 @@ def run_report(report: RunReport, *, as_json: bool) -> None:
     for note in report.notes:
         out(note)
     out(report.verdict)
+
+
+def sensitivity(found: SensitivityReport, *, as_json: bool) -> None:
+    """What each layer alone costs, the worst first."""
+    from sparsify_deploy.reports import to_json
+    from sparsify_deploy.tables import sensitivity as table
+
+    if as_json:
+        _json(to_json(found))
+    else:
+        _print(table(found))
 
 
 def raced(races: Sequence[Race], *, as_json: bool) -> None:

@@ -21,6 +21,7 @@ from sparsify_deploy.stages.init_mask import InitMask
 from sparsify_deploy.stages.measure import Measure
 from sparsify_deploy.stages.project_nm import ProjectNM
 from sparsify_deploy.stages.quantize import Quantize as QuantizeStage
+from sparsify_deploy.stages.sensitivity import Sensitivity
 from sparsify_deploy.stages.subject import Subject
 from sparsify_deploy.stages.train import Train
 from sparsify_deploy.training.settings import Training
@@ -96,13 +97,33 @@ class Plan:
         """The ids a user means by `name`: one step's id, or all steps of a stage."""
         return tuple(s.id for s in self.steps if name in (s.id, s.stage.name, s.id.partition("/")[2]))
 
+    def leading_to(self, name: str) -> Plan:
+        """The steps that `name` means and those they take inputs from, directly or not; no others."""
+        needed = set(self.select(name))
+        for step in reversed(self.steps):  # an input is made before it is taken
+            if step.id in needed:
+                needed |= {ref.step for ref in step.inputs.values()}
+        return Plan(
+            self.recipe,
+            self.subject,
+            tuple(step for step in self.steps if step.id in needed),
+            tuple(row for row in self.rows if row in needed),
+        )
 
-def plan(recipe: Recipe) -> Plan:
-    """The steps of a recipe. Reads no file and imports no torch."""
+
+def plan(recipe: Recipe, *, sensitivity: bool = False) -> Plan:
+    """The steps of a recipe. Reads no file and imports no torch.
+
+    The sensitivity of the layers is measured where the recipe keeps the worst ones dense, or where `sensitivity` asks
+    for it; asking changes no other step.
+    """
     subject = Subject(recipe.model, recipe.data, recipe.task, recipe.seed)
-    branches = [_branch(recipe, subject, "dense")] if recipe.dense_branch or not _is_sparse(recipe) else []
-    if _is_sparse(recipe):
-        branches.append(_branch(recipe, subject, "sparse"))
+    sparse = _is_sparse(recipe)
+    branches = []
+    if recipe.dense_branch or not sparse:
+        branches.append(_branch(recipe, subject, "dense", sensitivity=sensitivity and not sparse))
+    if sparse:
+        branches.append(_branch(recipe, subject, "sparse", sensitivity=sensitivity))
     # A mask costs little, and what is wrong with a network or a recipe should not show after a branch has trained.
     steps = sorted((step for branch in branches for step in branch.steps), key=lambda s: s.stage.name != "init_mask")
     rows = [row for branch in branches for row in branch.rows]
@@ -116,7 +137,7 @@ def _is_sparse(recipe: Recipe) -> bool:
     return moves or recipe.nm is not None
 
 
-def _branch(recipe: Recipe, subject: Subject, name: str) -> _Branch:
+def _branch(recipe: Recipe, subject: Subject, name: str, *, sensitivity: bool) -> _Branch:
     """One branch; the dense one gets the same optimizer steps, folding, quantizers and calibration data."""
     sparse = name == "sparse"
     branch = _Branch(name, subject, recipe)
@@ -137,6 +158,7 @@ def _branch(recipe: Recipe, subject: Subject, name: str) -> _Branch:
             branch.measure("train", "dense FP32", None, None)
     elif not sparse:
         branch.measure("model", "dense FP32", None, None)
+    _add_sensitivity(branch, batch_size, sensitivity)
     if recipe.nm is not None:
         training = recipe.training_for(recipe.nm.fine_tune) if recipe.nm.fine_tune else None
         if nm is not None:
@@ -156,6 +178,21 @@ def _branch(recipe: Recipe, subject: Subject, name: str) -> _Branch:
             stage = BuildEngine(subject, target.runtime, target.params, batch_size)
             branch.add(stage, f"build_engine.{target.runtime}")
     return branch
+
+
+def _add_sensitivity(branch: _Branch, batch_size: int, asked: bool) -> None:
+    """Measure each layer alone where the projection leaves out the worst, or where it is asked for.
+
+    The stage gets those settings alone that change what it measures, so that others do not repeat it.
+    """
+    given, int8 = branch.recipe.nm or NM(), branch.recipe.quantize or Quantize()
+    ranked = branch.name == "sparse" and given.keep_worst_dense > 0
+    if asked or ranked:
+        nm = NM(pattern=given.pattern, layers=given.layers, keep_dense=given.keep_dense)
+        int8 = int8.model_copy(update={"qat": None})
+        branch.add(Sensitivity(branch.subject, nm, int8, branch.recipe.gates.metric, batch_size))
+    if not ranked:  # what was only asked for is nobody's input
+        branch.at_hand.pop("sensitivity", None)
 
 
 def _sparse_fit(recipe: Recipe, train: TrainSection, settings: Training) -> Fit:

@@ -277,6 +277,8 @@ def _mask_mistakes(recipe: Recipe) -> Iterator[Mistake]:
             yield ("init",), f"has no effect with train.method {train.method}: remove one of the two"
         if method.NEEDS_SPARSITY and recipe.sparsity is None:
             yield ("train", "method"), f"{train.method} needs the share of weights to drop: give sparsity at the top"
+    if init is not None:
+        yield from _init_mistakes(init)
     if init is not None and train is None:
         yield ("init",), "has no effect without a train section: add one, or remove it"
     if init is not None and init.pattern is None and recipe.sparsity is None:
@@ -289,6 +291,17 @@ def _mask_mistakes(recipe: Recipe) -> Iterator[Mistake]:
     yield from _nm_mistakes(recipe)
 
 
+def _init_mistakes(init: Init) -> Iterator[Mistake]:
+    given = init.model_fields_set
+    for field in given & {"batches", "samples_per_class"}:
+        if not menu.entry("criteria", init.criterion).NEEDS_DATA:
+            yield ("init", field), f"has no effect with init.criterion {init.criterion}, which needs no data: remove it"
+    if {"batches", "samples_per_class"} <= given and init.samples_per_class is not None:
+        yield ("init", "batches"), "has no effect beside samples_per_class: remove one of the two"
+    if "allocation" in given and init.pattern is not None:
+        yield ("init", "allocation"), f"has no effect beside init.pattern {init.pattern}: remove one of the two"
+
+
 def _nm_mistakes(recipe: Recipe) -> Iterator[Mistake]:
     if recipe.nm is None:
         return
@@ -297,6 +310,8 @@ def _nm_mistakes(recipe: Recipe) -> Iterator[Mistake]:
         # A looser group is a whole number of tighter ones, and keeps at least what they keep.
         if loose_m % m or loose_n * m < n * loose_m or loose == tight:
             yield ("nm", "via", i), f"{loose} does not contain {tight}: the way to 2:4 goes through 4:8, for one"
+    if recipe.nm.permute == "stripe_groups" and recipe.nm.nm[1] > 4:
+        yield ("nm", "permute"), f"stripe_groups tries too many partitions for {recipe.nm.pattern}: use channel_swap"
     if recipe.nm.via and recipe.nm.fine_tune is None:
         yield ("nm", "via"), "has no effect without nm.fine_tune: add one, or remove it"
 

@@ -159,7 +159,7 @@ def _cross_checks_despite(found: Sequence[Mistake], tree: Section, context: Mapp
     return [
         Mistake(_place(tree, path), text, path)
         for path, text in mistakes(recipe)
-        if not any(m.path[: len(path)] == path for m in found)
+        if not any(m.path[: len(path)] == path or path[: len(m.path)] == m.path for m in found)
     ]
 
 
@@ -212,8 +212,11 @@ def _translated(error: ValidationError, tree: Section) -> list[Mistake]:
     """Pydantic's findings as ours; those of a union's branches, which name one place, become one."""
     texts: dict[Path_, list[str]] = {}
     places: dict[Path_, Place] = {}
-    for finding in error.errors(include_url=False):
+    findings = error.errors(include_url=False)
+    for finding in findings:
         path = tuple(finding["loc"])
+        if finding["type"] == "too_short" and any(other["loc"][:-1] == finding["loc"] for other in findings):
+            continue  # pydantic does not count the items it refused
         along = _walk(tree, path)
         node = along[-1][0]
         if isinstance(node, Leaf) and finding["type"] != "missing":

@@ -96,7 +96,7 @@ class BenchmarkReport:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the waterfall. `flops` is training FLOPs relative to training the same steps dense."""
+    """One row of the waterfall. `flops` is training FLOPs relative to one dense training, `train_s` seconds of it."""
 
     label: str
     step: str
@@ -143,6 +143,75 @@ class StepRow:
 
 
 @dataclass(frozen=True)
+class Level:
+    """One fit of a step that trains several times: a lottery ticket's level, or a looser pattern on the way.
+
+    `density` is that of the masked layers while it trained, `metrics` are those on the test split after it, and
+    `start` is the step of the schedule it began at.
+    """
+
+    step: str
+    number: int
+    density: float
+    metrics: dict[str, float]
+    start: int
+    optimizer_steps: int
+    train_s: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """A network with one change, against the same one without it. `drop` is in the metric's unit, positive: worse."""
+
+    metric: float
+    drop: float
+    loss_increase: float
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """One prunable layer: what is lost when it alone is projected, and when it alone is INT8; None: not tried.
+
+    `rank` 1 is the projected layer with the largest drop; ties by the increase of the loss, then by module order.
+    """
+
+    layer: str
+    parameter: str
+    shape: tuple[int, ...]
+    projected: Score | None
+    rank: int | None
+    reason: str
+    quantized: Score | None
+    quantized_reason: str
+
+
+@dataclass(frozen=True)
+class SensitivityReport:
+    """What each layer alone costs, on `examples` examples of `split`.
+
+    `baseline` is the network before projection; `baseline_float` the same with BatchNorm folded, which INT8 is
+    compared with; `int8_all` has every layer and residual add in INT8. `not_quantized` says why there is no INT8.
+    """
+
+    metric: str
+    direction: str
+    split: str
+    examples: int
+    pattern: str
+    baseline: float
+    baseline_loss: float
+    baseline_float: float | None
+    int8_all: Score | None
+    not_quantized: str
+    layers: tuple[LayerSensitivity, ...]
+
+    @property
+    def worst_first(self) -> tuple[LayerSensitivity, ...]:
+        """The projected layers by rank, then the others in module order."""
+        return tuple(sorted(self.layers, key=lambda row: row.rank if row.rank is not None else len(self.layers) + 1))
+
+
+@dataclass(frozen=True)
 class RunReport:
     """Everything a run found out."""
 
@@ -158,6 +227,8 @@ class RunReport:
     notes: tuple[str, ...]
     verdict: str
     steps: tuple[StepRow, ...] = field(default=())
+    sensitivity: SensitivityReport | None = None
+    levels: tuple[Level, ...] = ()
 
     def row(self, label: str) -> Row | None:
         """The row of that label."""

@@ -13,10 +13,22 @@ from sparsify_deploy.artifacts.digests import DigestCache
 from sparsify_deploy.artifacts.environment import machine
 from sparsify_deploy.pipeline import Outcome
 from sparsify_deploy.plan import Plan
-from sparsify_deploy.reports import BenchmarkReport, EngineRow, ModelReport, Row, RunReport, StepRow, dump, load
+from sparsify_deploy.reports import (
+    BenchmarkReport,
+    EngineRow,
+    Level,
+    ModelReport,
+    Row,
+    RunReport,
+    SensitivityReport,
+    StepRow,
+    dump,
+    load,
+)
 from sparsify_deploy.stages.benchmark import BenchmarkEngines
 from sparsify_deploy.stages.build_engine import BuildEngine, engine_file
 from sparsify_deploy.stages.export_onnx import ExportOnnx
+from sparsify_deploy.stages.sensitivity import Sensitivity
 from sparsify_deploy.types import Json
 from sparsify_deploy.verdict import Evidence, gates, verdict
 
@@ -43,7 +55,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], until: str | None) -> Run
         sparse=sparse[-1] if sparse else None,
         engines=engines,
         benchmarks=benchmarks,
-        collapsed=tuple(name for outcome in outcomes for name in outcome.record.measured.get("collapsed", ())),
+        collapsed=tuple(name for outcome in outcomes for name in _collapsed(outcome.record.measured)),
     )
     return RunReport(
         recipe=plan.recipe.name or "",
@@ -61,6 +73,15 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], until: str | None) -> Run
             StepRow(o.step.id, "ran" if o.ran else "cached", o.record.seconds, o.record.fingerprint, o.why)
             for o in outcomes
         ),
+        sensitivity=next(
+            (
+                load(SensitivityReport, outcome.record.outputs["sensitivity"])
+                for outcome in outcomes
+                if isinstance(outcome.step.stage, Sensitivity)
+            ),
+            None,
+        ),
+        levels=tuple(level for outcome in outcomes for level in _levels(outcome)),
     )
 
 
@@ -77,14 +98,33 @@ def _row(by_id: Mapping[str, Outcome], identifier: str) -> Row:
     stage = by_id.get(identifier.removesuffix(".report"))
     facts = stage.record.measured if stage is not None else {}
     history, cost = facts.get("history"), facts.get("cost")
+    measured_s = cost.get("train_s") if cost else None
     return Row(
         label=outcome.step.label,
         step=identifier,
         model=model,
         optimizer_steps=history["steps"] if history else None,
         flops=cost["relative_training_flops"] if cost else None,
-        train_s=stage.record.seconds if stage is not None else None,
+        train_s=stage.record.seconds if measured_s is None and stage is not None else measured_s,
     )
+
+
+def _levels(outcome: Outcome) -> list[Level]:
+    """The single fits of a step that had several."""
+    fits = (outcome.record.measured.get("history") or {}).get("levels", ())
+    return [
+        Level(outcome.step.id, i, fit["density"], dict(fit["metrics"]), fit["start"], fit["steps"], fit["train_s"])
+        for i, fit in enumerate(fits)
+    ]
+
+
+def _collapsed(facts: Mapping[str, Json]) -> list[str]:
+    """The layers that a step left without a weight: as it says, and those that training emptied."""
+    history = facts.get("history") or {}
+    before, updates = history.get("densities", {}), history.get("updates", ())
+    after = updates[-1]["densities"] if updates else {}
+    emptied = [name.removesuffix(".weight") for name in after if after[name] == 0.0 < before.get(name, 1.0)]
+    return list(dict.fromkeys([*facts.get("collapsed", ()), *emptied]))
 
 
 def _engine(outcome: Outcome) -> EngineRow:
@@ -114,10 +154,21 @@ def _notes(outcome: Outcome) -> list[str]:
     """What a reader must know of a step besides its numbers: what was left out, and why."""
     facts, name = outcome.record.measured, outcome.step.id
     notes = []
-    if collapsed := facts.get("collapsed"):
+    if collapsed := _collapsed(facts):
         notes.append(f"{name}: layer collapse, no weight is left in {', '.join(collapsed)}")
     if kept := facts.get("kept_dense"):
         notes.append(f"{name}: kept dense by the recipe: {', '.join(kept)}")
+    notes += [f"{name}: {layer} stays dense: {reason}" for layer, reason in facts.get("no_pattern", {}).items()]
+    if taught := facts.get("distillation"):
+        what = f"the features of {', '.join(taught['features'])}" if taught["features"] else "logits"
+        notes.append(
+            f"{name}: distilled from a dense teacher by {what}, temperature {taught['temperature']:g}, weight "
+            f"{taught['weight']:g}; its forward pass adds {taught['relative_flops']:.0%} of a dense step, which the "
+            "FLOPs leave out"
+        )
+    if permutation := facts.get("permutation"):
+        notes += _permutation_notes(name, facts["pattern"], permutation)
+    notes += [f"{name}: {note}" for note in (facts.get("history") or {}).get("notes", ())]
     layers: Sequence[Mapping[str, Json]] = facts.get("layers", ())
     if layers:
         notes.append(f"{name}: {facts['projected']} of {len(layers)} layers projected on {facts['pattern']}")
@@ -130,6 +181,19 @@ def _notes(outcome: Outcome) -> list[str]:
     if reason := facts.get("not_run"):
         notes.append(f"{name}: not run here: {reason}")
     return notes
+
+
+def _permutation_notes(name: str, pattern: str, facts: Mapping[str, Json]) -> list[str]:
+    """What permuting channels won before the projection, and the layers where it was not possible."""
+    whole = facts["whole"] or 1.0
+    before, after = facts["kept_before"] / whole, facts["kept_after"] / whole
+    won = (
+        f"{name}: channels of {facts['permuted']} of {len(facts['layers'])} layers permuted: {pattern} keeps "
+        f"{after:.2%} of their L1 magnitude, without {before:.2%}; outputs differ by {facts['max_difference']:.1e} "
+        "in float64"
+    )
+    left = [row for row in facts["layers"] if not row["permuted"] and row["reason"]]
+    return [won, *(f"{name}: {row['layer']} not permuted: {row['reason']}" for row in left)]
 
 
 def _race_notes(benchmarks: Sequence[BenchmarkReport]) -> list[str]:

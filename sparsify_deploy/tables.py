@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sparsify_deploy.reports import BenchmarkReport, Row, RunReport
+from sparsify_deploy.reports import BenchmarkReport, Row, RunReport, Score, SensitivityReport
 from sparsify_deploy.timing import Race
 
 
@@ -21,7 +21,16 @@ class Table:
 
 def tables(report: RunReport) -> tuple[Table, ...]:
     """All tables of a run, without the empty ones."""
-    found = (waterfall(report), engines(report), *races(report.benchmarks), layers(report), gates(report))
+    measured = (sensitivity(report.sensitivity),) if report.sensitivity is not None else ()
+    found = (
+        waterfall(report),
+        *levels(report),
+        engines(report),
+        *races(report.benchmarks),
+        layers(report),
+        *measured,
+        gates(report),
+    )
     return tuple(table for table in found if table.rows)
 
 
@@ -76,7 +85,12 @@ def waterfall(report: RunReport) -> Table:
     elif report.rows and report.rows[0].model.latency:
         size = report.rows[0].model.latency[0].batch_size
         how += f"Latency: {runtime}, batch {size}, wall time, each model timed alone after its stage. "
-    how += "FLOPs: of this stage's training, relative to the same steps dense."
+    how += (
+        "FLOPs (2 x MACs of convolutions and matrix products): of this stage's training over one dense training; "
+        "backward is twice forward, both counted by density, with a dense weight gradient in the steps that need one, "
+        "as RigL's authors count (Evci 2020, app. H); all levels of IMP together. Torch skips no "
+        "zeros: FLOPs are what hardware that does could save, train s is the time it took."
+    )
     columns = ("model", report.metric, "sparsity asked/measured/usable", "ONNX", "weights", "p50 / p90 / p99 ms")
     return Table(
         "From dense FP32 to INT8",
@@ -120,6 +134,31 @@ def _latency(row: Row, race: Race | None) -> str:
     else:
         return "-"
     return f"{first.p50_ms:.3f} / {first.p90_ms:.3f} / {first.p99_ms:.3f}"
+
+
+def levels(report: RunReport) -> tuple[Table, ...]:
+    """One table a step that trained several times, such as lottery tickets, one row a level."""
+    found = []
+    for step in dict.fromkeys(level.step for level in report.levels):
+        rows = tuple(
+            (
+                str(level.number),
+                f"{level.density:.4f}",
+                f"{level.metrics[report.metric]:.4f}" if report.metric in level.metrics else "-",
+                str(level.start),
+                str(level.optimizer_steps),
+                f"{level.train_s:.1f}",
+            )
+            for level in report.levels
+            if level.step == step
+        )
+        how = (
+            f"Density: kept weights over all weights of the masked layers while the level trained. {report.metric}: "
+            "torch, all test examples, after it. From step: where the learning rate's schedule went on."
+        )
+        columns = ("level", "density", report.metric, "from step", "steps", "train s")
+        found.append(Table(f"Levels of {step}", columns, rows, how))
+    return tuple(found)
 
 
 def kib(size: int) -> str:
@@ -206,6 +245,76 @@ def layers(report: RunReport) -> Table:
         rows,
         "Read off the final ONNX file. The builder's own word on what ran sparse needs TensorRT on a GPU.",
     )
+
+
+def sensitivity(found: SensitivityReport) -> Table:
+    """One row a prunable layer, worst first: what is lost when it alone is projected, and when it alone is INT8."""
+    rows = tuple(
+        (
+            str(row.rank or "-"),
+            row.layer,
+            "x".join(map(str, row.shape)),
+            *_score(row.projected),
+            *_score(row.quantized),
+            "" if row.projected else f"not projected: {row.reason}",
+        )
+        for row in found.worst_first
+    )
+    metric, lost = found.metric, "drop / loss up"
+    columns = (f"{metric}, {found.pattern} alone", lost, f"{metric}, INT8 alone", f"INT8 {lost}", "note")
+    how = " ".join((*_how_measured(found), *advice(found)))
+    return Table("Sensitivity of the layers", ("rank", "layer", "shape", *columns), rows, how)
+
+
+def _score(score: Score | None) -> tuple[str, str]:
+    if score is None:
+        return ("-", "-")
+    return (f"{score.metric:.4f}", f"{score.drop:+.4f} / {score.loss_increase:+.4f}")
+
+
+def _how_measured(found: SensitivityReport) -> Iterator[str]:
+    yield (
+        f"One layer changed at a time, all else as it stands before projection: {found.metric} {found.baseline:.4f}, "
+        f"loss {found.baseline_loss:.4f} on {found.examples} {found.split} examples without augmentation, "
+        "for layers are not chosen on the test split."
+    )
+    yield (
+        "Projected: no refill, no permutation, no fine-tuning, BatchNorm statistics kept. "
+        "Drop and loss: how much worse; + is worse."
+    )
+    if found.int8_all is None:
+        yield f"INT8 was not measured: {found.not_quantized}."
+    else:
+        yield (
+            "INT8: weight and input of that layer alone, calibrated and not trained, against the folded float network "
+            f"({found.baseline_float:.4f}); all layers at once: {found.int8_all.metric:.4f}."
+        )
+
+
+LEAST_LOSS = 0.01
+"""Advice names a layer only if the metric drops and the loss rises by more than this part of itself."""
+
+
+def advice(found: SensitivityReport, most: int = 2) -> tuple[str, ...]:
+    """What a recipe says to spare the layers that lose most; at most `most` of a kind, those alone that do lose."""
+    worst = [row.layer for row in found.worst_first if _loses(found, row.projected)][:most]
+    lines = []
+    if worst:
+        keep = f"nm.keep_worst_dense: {len(worst)}, or nm.keep_dense: [{', '.join(worst)}]"
+        lines.append(f"To keep the worst dense: {keep}.")
+    elif any(row.projected for row in found.layers):
+        lines.append("No layer alone loses by projection, so none asks to be kept dense.")
+    int8 = [(row.quantized, row.layer) for row in found.layers if row.quantized and _loses(found, row.quantized)]
+    int8.sort(key=lambda pair: (-pair[0].drop, -pair[0].loss_increase))
+    if int8:
+        lines.append(f"To keep the worst in float: quantize.keep_float: [{', '.join(n for _, n in int8[:most])}].")
+    elif found.int8_all is not None:
+        lines.append("No layer alone loses by INT8.")
+    return (*lines, f"(To lose: the metric drops and the loss rises by more than {LEAST_LOSS:.0%}.)")
+
+
+def _loses(found: SensitivityReport, score: Score | None) -> bool:
+    return score is not None and score.drop > 0 and score.loss_increase > LEAST_LOSS * abs(found.baseline_loss)
 
 
 def gates(report: RunReport) -> Table:

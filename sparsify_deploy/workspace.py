@@ -1,4 +1,4 @@
-"""A recipe in its run directory: what the verbs `run`, `plan`, `status`, `explain` and `report` work on."""
+"""A recipe in its run directory: what the verbs `run`, `plan`, `sensitivity`, `status`, ... work on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsify_deploy.interrupt import stoppable
 from sparsify_deploy.plan import Plan
 from sparsify_deploy.plan import plan as plan_of
 from sparsify_deploy.recipe import Recipe
-from sparsify_deploy.reports import RunReport, load
+from sparsify_deploy.reports import RunReport, SensitivityReport, load
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.project_nm import LayerForecast, forecast_layers
 from sparsify_deploy.summary import publish, summarise
@@ -57,9 +57,38 @@ class Workspace:
         with self.store.lock(), stoppable() as stop_requested:
             context = Context(progress, checkpoint_every_s, self.recipe.threads, device, stop_requested)
             outcomes = pipeline.run(self.plan, self.store, context, again=again, start=start, until=until)
+            outcomes += self._sensitivity_known(outcomes)
             report = summarise(self.plan, outcomes, until)
             publish(self.folder, report, outcomes, self.source, self.store.digests, sets=self.sets)
         return report
+
+    def sensitivity(self, progress: Progress, *, device: str) -> SensitivityReport:
+        """Measure each layer alone, running first what that needs and nothing else, and put it into the report.
+
+        The report is made anew from all that the store holds for this recipe; it is whole if the run was.
+        """
+        whole = plan_of(self.recipe, sensitivity=True)
+        with self.store.lock(), stoppable() as stop_requested:
+            context = Context(progress, threads=self.recipe.threads, device=device, stop_requested=stop_requested)
+            ran = {o.step.id: o for o in pipeline.run(whole.leading_to("sensitivity"), self.store, context)}
+            outcomes = [
+                ran.get(status.step.id) or pipeline.Outcome(status.step, status.record, False, "")
+                for status in pipeline.survey(whole, self.store)
+                if status.record is not None
+            ]
+            report = summarise(whole, outcomes, None if len(outcomes) == len(whole.steps) else "sensitivity")
+            publish(self.folder, report, outcomes, self.source, self.store.digests, sets=self.sets)
+        assert report.sensitivity is not None
+        return report.sensitivity
+
+    def _sensitivity_known(self, outcomes: Sequence[pipeline.Outcome]) -> list[pipeline.Outcome]:
+        """The sensitivity of the layers where it was measured for this recipe, though no step of the run needs it."""
+        needed = plan_of(self.recipe, sensitivity=True).leading_to("sensitivity")
+        last = pipeline.survey(needed, self.store)[-1]
+        known = {outcome.step.id for outcome in outcomes}
+        if last.record is None or last.step.id in known:
+            return []
+        return [pipeline.Outcome(last.step, last.record, False, "")]
 
     def status(self, stage: str | None = None) -> list[pipeline.Status]:
         """Where the steps stand; with `stage` those it means."""

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from sparsify_deploy.errors import ModelError
+from sparsify_deploy.errors import ModelError, is_out_of_memory
 from sparsify_deploy.types import outputs_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
 
     from sparsify_deploy.types import Batch
 
@@ -37,7 +40,9 @@ _REFUSED = {
     *("scaled_dot_product_attention", "multi_head_attention_forward"),
     *("_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
 }
-_INSTEAD = "choose init.criterion magnitude or random"
+_CACHED = 1 << 16
+"""Weights worked on together: half a MiB stays in the cache between one operation and the next."""
+_INSTEAD = "choose init.criterion snip, grasp, magnitude or random"
 
 
 def all_ones(batch: Batch, inputs: Sequence[str], model: nn.Module) -> dict[str, Tensor]:
@@ -76,17 +81,17 @@ class Flow:
     ) -> None:
         self._model, self._ones, self._inputs = positive, ones, tuple(inputs)
         self._weights = {name: positive.get_parameter(name).requires_grad_() for name in names}
+        for weight in self._weights.values():
+            weight.data = weight.data.contiguous()
         self._whole = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        self._masks: dict[str, Tensor] = {}
         self._running: list[str] = []
-        _watch(positive, self._running)
+        watch(positive, self._running)
 
     def products(self, mask: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
         """R and, by parameter name, θ · ∂R/∂θ at θ = |W| · mask; layers `mask` lacks are whole."""
-        with torch.no_grad():
-            for name, weight in self._weights.items():
-                weight.copy_(self._whole[name])
-                if name in mask:
-                    weight.mul_(mask[name].to(weight.device))
+        for name in self._weights:
+            self._set(name, mask.get(name))
         with torch.enable_grad():
             total = self._forward()
             flow = float(total.detach())
@@ -96,14 +101,45 @@ class Flow:
             gradients: Sequence[Tensor | None] = [None] * len(weights)
             if total.requires_grad:
                 gradients = torch.autograd.grad(total, weights, allow_unused=True)
-        found = {
-            name: torch.zeros_like(weight) if gradient is None else weight.detach() * gradient
-            for (name, weight), gradient in zip(self._weights.items(), gradients, strict=True)
-        }
-        for name, product in found.items():
-            if not bool(torch.isfinite(product).all()):
+        return flow, self._multiplied(gradients)
+
+    def _set(self, name: str, mask: Tensor | None) -> None:
+        """Bring one weight to |W| · mask, touching only what changed: a round prunes a few percent."""
+        before = self._masks.pop(name, None)
+        if mask is not None:
+            self._masks[name] = mask
+        if before is None and mask is None:
+            return
+        everything = torch.ones((), dtype=torch.bool)
+        changed = (everything if before is None else before) ^ (everything if mask is None else mask)
+        # several times faster than torch's nonzero on one thread
+        places = torch.from_numpy(np.flatnonzero(changed.numpy()))
+        values = self._whole[name].flatten()[places.to(self._whole[name].device)]
+        if mask is not None:
+            values *= mask.flatten()[places].to(values.device)
+        with torch.no_grad():
+            self._weights[name].view(-1)[places.to(values.device)] = values
+
+    def _multiplied(self, gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """θ · gradient, in the gradient's own memory where nothing else can see it."""
+        owners = Counter(gradient.data_ptr() for gradient in gradients if gradient is not None)
+        found: dict[str, Tensor] = {}
+        for (name, weight), gradient in zip(self._weights.items(), gradients, strict=True):
+            if gradient is None:
+                found[name] = torch.zeros_like(weight, requires_grad=False)
+                continue
+            own = gradient.is_contiguous() and owners[gradient.data_ptr()] == 1
+            product = gradient if own else gradient.clone(memory_format=torch.contiguous_format)
+            finite = True
+            flat, factors = product.view(-1), weight.detach().view(-1)
+            for start in range(0, flat.numel(), _CACHED):
+                part = flat[start : start + _CACHED].mul_(factors[start : start + _CACHED])
+                # the sum takes one fast pass; where it overflows it proves nothing
+                finite = finite and (bool(torch.isfinite(part.sum())) or bool(torch.isfinite(part).all()))
+            if not finite:
                 raise ModelError(f"SynFlow's gradient overflows float64 at {name}: {_INSTEAD}")
-        return flow, found
+            found[name] = product
+        return found
 
     def _forward(self) -> Tensor:
         self._running.clear()
@@ -111,6 +147,8 @@ class Flow:
             with _random_state_kept(self._ones), _Homogeneous(self._running):
                 outputs = outputs_of(self._model, self._ones, self._inputs)
         except (RuntimeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             place = _place(self._running[-1] if self._running else "")
             raise ModelError(
                 f"SynFlow runs the model in float64 on one example of ones, and {place} failed: {error}"
@@ -183,8 +221,8 @@ def _without_upper_bound(name: str, input: Tensor, min: Any = None, max: Any = N
     return torch.clamp(input, min=min)
 
 
-def _watch(model: nn.Module, running: list[str]) -> None:
-    """Keep in `running` the names of the modules whose forward is under way, innermost last."""
+def watch(model: nn.Module, running: list[str]) -> list[RemovableHandle]:
+    """Keep in `running` the names of the modules whose forward is under way, innermost last; the hooks that do it."""
 
     def enter(name: str) -> Callable[..., None]:
         return lambda *_: running.append(name)
@@ -192,9 +230,10 @@ def _watch(model: nn.Module, running: list[str]) -> None:
     def leave(*_: Any) -> None:
         running.pop()
 
+    hooks: list[RemovableHandle] = []
     for name, module in model.named_modules():
-        module.register_forward_pre_hook(enter(name))
-        module.register_forward_hook(leave)
+        hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
+    return hooks
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def prepare(
     flow = _flow.Flow(_flow.positive_copy(model), names, ones, inputs)
 
     def scorer(mask: Mask | None) -> Scores:
-        return {name: product.abs() for name, product in flow.products(mask or {})[1].items()}
+        return {name: product.abs_() for name, product in flow.products(mask or {})[1].items()}
 
     return scorer
 

@@ -13,7 +13,7 @@ import fnmatch
 import importlib
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -122,6 +122,29 @@ def calibrate_(quantized: Quantized, batches: Iterable[Batch], inputs: Sequence[
         if not bool((quantizer.amax > 0).all()):
             raise ModelError(f"{name}: saw only zeros during calibration; is the layer before it wholly pruned?")
     return Calibration(count, sum(1 for _ in _quantizers(module)), dead)
+
+
+@contextlib.contextmanager
+def only(quantized: Quantized, layers: Collection[str]) -> Iterator[None]:
+    """Within it, of all enabled quantizers only those of the weights and inputs of `layers` act; none: all is float.
+
+    Raises:
+        ModelError: one of `layers` is not quantised.
+    """
+    wanted = {
+        f"{layer}.{kind}" if layer else kind for layer in layers for kind in ("weight_quantizer", "input_quantizer")
+    }
+    enabled = dict(_quantizers(quantized.module))
+    if missing := sorted(wanted - set(enabled)):
+        raise ModelError(f"{missing[0]}: there is no such quantizer; the placement table says why")
+    others = [quantizer for name, quantizer in enabled.items() if name not in wanted]
+    for quantizer in others:
+        quantizer.disable()
+    try:
+        yield
+    finally:
+        for quantizer in others:
+            quantizer.enable()
 
 
 def state(quantized: Quantized) -> dict[str, Tensor]:

@@ -5,14 +5,17 @@ Density is always that of the layers handed in: a layer kept dense is not scored
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+import numpy as np
 import torch
 
 from sparsify_deploy.errors import ModelError
 from sparsify_deploy.sparsity.allocation import erk, uniform
 from sparsify_deploy.sparsity.mask import Mask
+from sparsify_deploy.sparsity.nm import nm_mask
 from sparsify_deploy.sparsity.schedules import exponential_density
 from sparsify_deploy.types import Progress, Silent
 
@@ -25,6 +28,13 @@ if TYPE_CHECKING:
     Scorer: TypeAlias = Callable[[Mask | None], Scores]
     """Scores of the weights `W * mask`, keyed by parameter name; None is the unmasked network."""
 
+_SAMPLE_STRIDE = 61
+"""Every so many scores guess where the threshold lies; a prime, so that no axis of a weight is seen at one place."""
+_SMALL = 1 << 16
+"""Below so many scores the guess costs more than it saves."""
+_CACHED = 1 << 16
+"""Scores looked at together: half a MiB of float64 stays in the cache between one comparison and the next."""
+
 Allocation: TypeAlias = Literal["global", "uniform", "erk"]
 
 
@@ -36,20 +46,33 @@ def global_mask(scores: Scores, density: float) -> Mask:
     _check_finite(scores)
     if not scores:
         return Mask({})
-    kept = _top(torch.cat([score.detach().flatten() for score in scores.values()]), density)
-    parts = torch.split(kept, [score.numel() for score in scores.values()])
-    return Mask({name: part.view(score.shape) for part, (name, score) in zip(parts, scores.items(), strict=True)})
+    parts = _comparable(list(scores.values()))
+    kept = _top(parts, round(density * sum(part.numel() for part in parts)))
+    return Mask({name: part.view(score.shape) for part, (name, score) in zip(kept, scores.items(), strict=True)})
 
 
 def layerwise_mask(scores: Scores, densities: Mapping[str, float]) -> Mask:
     """Keep the round(density · size) highest scores of each layer of `densities`; ties go to the lower index."""
     _check_finite({name: scores[name] for name in densities})
-    return Mask(
-        {
-            name: _top(scores[name].detach().flatten(), density).view(scores[name].shape)
-            for name, density in densities.items()
-        }
-    )
+    kept = {}
+    for name, density in densities.items():
+        (part,) = _top(_comparable([scores[name]]), round(density * scores[name].numel()))
+        kept[name] = part.view(scores[name].shape)
+    return Mask(kept)
+
+
+def pattern_mask(scores: Scores, n: int, m: int) -> Mask:
+    """The n highest scores of every m consecutive input channels, signs and all; ties go to the lower channel.
+
+    ModelError on a score that is not finite, and where m does not divide a layer's channels.
+    """
+    _check_finite(scores)
+    kept = {}
+    for name, score in scores.items():
+        # nm_mask ranks magnitudes; the scores' own order as whole numbers from 0 keeps negative ones apart
+        _, order = torch.unique(score.detach(), return_inverse=True)
+        kept[name] = nm_mask(order, n, m)
+    return Mask(kept)
 
 
 def allocate(scores: Scores, density: float, allocation: Allocation) -> Mask:
@@ -84,7 +107,7 @@ def prune_at_init(
             mask = global_mask(scores, exponential_density(density, done, rounds))
         else:
             mask = layerwise_mask(scores, {n: exponential_density(d, done, rounds) for n, d in final.items()})
-        progress.update("prune", done + 1, rounds, f"density {mask.density:.4f}")
+        progress.update("prune", done + 1, rounds, f"density {exponential_density(density, done, rounds):.4f}")
     return mask
 
 
@@ -101,8 +124,68 @@ def _final_densities(
     return uniform(shapes, density) if allocation == "uniform" else erk(shapes, density)
 
 
-def _top(scores: Tensor, density: float) -> Tensor:
-    keep = round(density * scores.numel())
+def _comparable(scores: Sequence[Tensor]) -> list[Tensor]:
+    """Flat, on the CPU, in one dtype NumPy has that holds every score exactly."""
+    dtype = torch.float32
+    for score in scores:
+        dtype = torch.promote_types(dtype, score.dtype)
+    return [score.detach().flatten().to("cpu", dtype) for score in scores]
+
+
+def _top(parts: Sequence[Tensor], keep: int) -> list[Tensor]:
+    """True at the `keep` highest entries of all `parts` together; ties go to the lower index, the earlier part.
+
+    The threshold is looked for between two guesses that a sample gives, so that only the few entries between them
+    are ranked. Where the guesses are wrong every entry is.
+    """
+    if keep == 0:
+        return [torch.zeros_like(part, dtype=torch.bool) for part in parts]
+    sizes = [part.numel() for part in parts]
+    if sum(sizes) < _SMALL:
+        return list(torch.split(_highest(torch.cat(list(parts)), keep), sizes))
+    above, between = _around(parts, *_bracket(parts, keep))
+    wanted = keep - sum(int(over.count_nonzero()) for over in above)
+    if not 0 <= wanted <= sum(len(places) for places in between):
+        above, between = _around(parts, -math.inf, math.inf)
+        wanted = keep
+    values = torch.cat([part[places] for part, places in zip(parts, between, strict=True)])
+    chosen = torch.split(_highest(values, wanted), [len(places) for places in between])
+    for kept, places, taken in zip(above, between, chosen, strict=True):
+        kept[places[taken]] = True
+    return above
+
+
+def _bracket(parts: Sequence[Tensor], keep: int) -> tuple[float, float]:
+    """Two scores between which, in all likelihood, the `keep`-th highest lies."""
+    sample = torch.cat([part[::_SAMPLE_STRIDE] for part in parts]).numpy()
+    share = keep / sum(part.numel() for part in parts)
+    margin = 8 * math.sqrt(len(sample) * share * (1 - share)) + 8
+    ends = [len(sample) * (1 - share) + side * margin for side in (-1, 1)]
+    first, last = (min(max(int(end), 0), len(sample) - 1) for end in ends)
+    sample.partition((first, last))
+    low = float(sample[first]) if ends[0] > 0 else -math.inf
+    high = float(sample[last]) if ends[1] < len(sample) - 1 else math.inf
+    if low == 0:  # weights pruned before: ranking all their zeros would be the longest part
+        low = float(torch.finfo(parts[0].dtype).smallest_normal)
+    return low, high
+
+
+def _around(parts: Sequence[Tensor], low: float, high: float) -> tuple[list[Tensor], list[Tensor]]:
+    """For each part, where it is above `high` as bool, and the places where it is from `low` to `high`."""
+    above, between = [], []
+    for part in parts:
+        over, places = torch.empty_like(part, dtype=torch.bool), []
+        for start in range(0, part.numel(), _CACHED):
+            piece = part[start : start + _CACHED]
+            higher = torch.gt(piece, high, out=over[start : start + _CACHED])
+            # several times faster than torch's nonzero on one thread
+            places.append(torch.from_numpy(np.flatnonzero(((piece >= low) ^ higher).numpy())) + start)
+        above.append(over)
+        between.append(torch.cat(places) if places else torch.empty(0, dtype=torch.int64))
+    return above, between
+
+
+def _highest(scores: Tensor, keep: int) -> Tensor:
     if keep == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = scores.kthvalue(scores.numel() - keep + 1).values
@@ -115,6 +198,8 @@ def _top(scores: Tensor, density: float) -> Tensor:
 
 def _check_finite(scores: Scores) -> None:
     for name, score in scores.items():
+        if bool(torch.isfinite(score.sum())):  # one pass; a sum that overflows proves nothing, so count then
+            continue
         bad = int(score.numel() - torch.isfinite(score).sum())
         if bad:
             raise ModelError(

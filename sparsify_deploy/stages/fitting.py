@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sparsify_deploy.sparsity.mask import Mask
+    from sparsify_deploy.training.loop import Distilling
 
 
 Phase: TypeAlias = Literal["train", "fine_tune", "qat"]
@@ -41,6 +42,16 @@ class Fit:
         """The method's entry in a fingerprint."""
         return {f"methods/{self.method}": menu.entry("methods", self.method).VERSION}
 
+    @property
+    def density(self) -> float | None:
+        """What is left of the weights at the end, for a method that prunes while it trains."""
+        return None if self.sparsity is None else 1.0 - self.sparsity
+
+    def optimizer_steps(self, total_steps: int) -> int:
+        """How many the method takes where one dense training takes `total_steps`."""
+        steps: int = menu.entry("methods", self.method).optimizer_steps(self.params, total_steps, self.density)
+        return steps
+
 
 def hold(mask: bool, training: Training, phase: Phase) -> Fit:
     """Training that leaves the mask where it is, or dense training where there is none."""
@@ -49,36 +60,53 @@ def hold(mask: bool, training: Training, phase: Phase) -> Fit:
 
 
 def fit_(
-    model: nn.Module, fit: Fit, mask: Mask | None, *, subject: Subject, out: Path, context: Context
+    model: nn.Module,
+    fit: Fit,
+    mask: Mask | None,
+    *,
+    subject: Subject,
+    out: Path,
+    context: Context,
+    distillation: Distilling | None = None,
+    part: int = 0,
 ) -> tuple[Mask | None, dict[str, Json]]:
-    """Train `model` in place, with step checkpoints in `out`; the mask it ends with, its history and its cost."""
+    """Train `model` in place, with step checkpoints in `out`; the mask it ends with, its history and its cost.
+
+    `part` numbers the fits of a stage that has several: each has checkpoints and an order of batches of its own.
+    """
     from sparsify_deploy.training.cost import training_cost
+    from sparsify_deploy.training.evaluation import evaluate
     from sparsify_deploy.training.loop import Trainer
 
+    examples, task = subject.examples, subject.opened_task
     trainer = Trainer(
         model,
-        subject.opened_task,
-        subject.examples.split("train"),
-        subject.examples.inputs,
+        task,
+        examples.split("train"),
+        examples.inputs,
         fit.training,
-        seed=subject.seed + PHASES.index(fit.phase),
+        seed=subject.seed + PHASES.index(fit.phase) + len(PHASES) * part,
         folder=out,
         context=context,
         augment=subject.data.augment,
-        label=fit.phase,
+        label=f"{fit.phase}-{part + 1}" if part else fit.phase,
+        distillation=distillation,
+        evaluate=lambda: evaluate(model, task, examples.split("test"), examples.inputs),
     )
-    density = None if fit.sparsity is None else 1.0 - fit.sparsity
-    after: Mask | None = menu.entry("methods", fit.method).train(trainer, mask, fit.params, density)
-    cost = training_cost(model, subject.example(), subject.examples.inputs, trainer.history)
+    after: Mask | None = menu.entry("methods", fit.method).train(trainer, mask, fit.params, fit.density)
+    cost = training_cost(model, subject.example(), examples.inputs, trainer.history)
     return after, {"method": fit.method, "history": dataclasses.asdict(trainer.history), "cost": cost}
 
 
-def estimate(subject: Subject, training: Training | None) -> Estimate:
+def estimate(subject: Subject, training: Training | Fit | None) -> Estimate:
     """The optimizer steps of a run, and its FLOPs were it dense (2 x MACs, backward twice the forward)."""
     from sparsify_deploy.training.cost import forward_flops
 
     if training is None:
         return Estimate(optimizer_steps=0, training_flops=0.0)
-    steps = training.total_steps(len(subject.examples.split("train")))
+    settings = training.training if isinstance(training, Fit) else training
+    steps = settings.total_steps(len(subject.examples.split("train")))
+    if isinstance(training, Fit):
+        steps = training.optimizer_steps(steps)
     forward = sum(forward_flops(subject.network(), subject.example(), subject.examples.inputs).values())
-    return Estimate(steps, 3.0 * forward * steps * training.batch_size * training.accumulate)
+    return Estimate(steps, 3.0 * forward * steps * settings.batch_size * settings.accumulate)

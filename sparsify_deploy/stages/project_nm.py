@@ -1,31 +1,45 @@
-"""N:M projection along input channels, refill, and fine-tuning with the mask held."""
+"""N:M projection along input channels, refill, and fine-tuning with the mask held; on the way looser patterns."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from sparsify_deploy import menu
+from sparsify_deploy.errors import UsageError
+from sparsify_deploy.params import n_and_m
 from sparsify_deploy.recipe import NM
+from sparsify_deploy.reports import SensitivityReport, load
 from sparsify_deploy.stages.base import Estimate
-from sparsify_deploy.stages.fitting import estimate, fit_, hold
+from sparsify_deploy.stages.choice import already, keep_worst, loosened
+from sparsify_deploy.stages.fitting import Fit, estimate, fit_, hold
 from sparsify_deploy.stages.subject import Subject, reproducible, save_weights, unmet_packages
+from sparsify_deploy.stages.teacher import check_teacher, taught, teacher_files, teacher_inputs
 from sparsify_deploy.training.settings import Distillation, Training
 from sparsify_deploy.types import Context, Facts, Json
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
+    from torch import Tensor, nn
 
     from sparsify_deploy.graph.eligibility import Answer
     from sparsify_deploy.sparsity.layers import Layer
     from sparsify_deploy.sparsity.mask import Mask
 
+_CHECKED = 16
+"""Test examples whose outputs a permutation must leave as they are."""
+
 
 @dataclass(frozen=True)
 class ProjectNM:
-    """Project every layer the recipe chooses; layers left out are named with the reason."""
+    """Project every layer the recipe chooses; layers left out are named with the reason.
+
+    Each pattern of `nm.via`, then `nm.pattern`, is projected, refilled and trained with its mask held for an equal
+    share of the steps; the last takes what is left over.
+    """
 
     subject: Subject
     nm: NM
@@ -35,16 +49,20 @@ class ProjectNM:
 
     name: ClassVar[str] = "project_nm"
     version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("weights", "mask", "teacher", "sensitivity")
     outputs: ClassVar[Mapping[str, str]] = {"weights": "weights.safetensors", "mask": "mask.safetensors"}
     environment: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        ranked = ("sensitivity",) if self.nm.keep_worst_dense else ()
+        return ("weights", "mask", *teacher_inputs(self.distillation), *ranked)
 
     def methods(self) -> Mapping[str, int]:
         version: int = menu.entry("methods", "static").VERSION
         return {**self.subject.methods(), "methods/static": version}
 
     def files(self) -> Mapping[str, Path]:
-        return self.subject.files()
+        return {**self.subject.files(), **teacher_files(self.distillation)}
 
     def unmet(self) -> Sequence[str]:
         return unmet_packages("project_nm", "torch")
@@ -53,6 +71,8 @@ class ProjectNM:
         from sparsify_deploy.sparsity.layers import prunable
 
         choose(prunable(self.subject.check_network()), self.nm)
+        self._fits()
+        check_teacher(self.distillation, self.subject)
 
     def estimate(self) -> Estimate:
         return estimate(self.subject, self.training)
@@ -64,31 +84,108 @@ class ProjectNM:
         device = reproducible(context)
         model = self.subject.network(inputs.get("weights"))
         self.subject.check_fits(model)
+        mask = Mask.load(inputs["mask"]) if "mask" in inputs else Mask({})
+        layers = prunable(model.to(device))
+        choices = self._choices(layers, mask, inputs.get("sensitivity"), context)
+        facts: dict[str, Json] = {}
+        if self.nm.permute != "none":
+            mask, facts["permutation"] = self._permute_(model, mask, choices, context)
         layers = prunable(model)
-        sparse = Mask.load(inputs["mask"]) if "mask" in inputs else Mask({})
-        choices = choose(layers, self.nm)
-        mask, table = self._project(model.to(device), layers, sparse, choices)
-        mask.apply_(model)
-        facts: dict[str, Json] = {
-            "pattern": self.nm.pattern,
-            "layers": table,
-            "projected": sum(row["projected"] for row in table),
-        }
-        if self.training is not None:
-            held = hold(True, self.training, phase="fine_tune")
-            facts |= fit_(model, held, mask, subject=self.subject, out=out, context=context)[1]
+        held = already(layers, self.nm, mask)
+        tables, trained = [], []
+        with taught(self.distillation if self.training else None, self.subject, inputs, model) as teacher:
+            for part, (pattern, fit) in enumerate(self._fits()):
+                last = pattern == self.nm.pattern
+                answers = choices if last else loosened(layers, choices, pattern, held)
+                mask, table = self._project(model, layers, mask, answers, pattern)
+                mask.apply_(model)
+                tables.append(_tabled(pattern, table))
+                if fit is not None:
+                    kept, fitted = fit_(
+                        model,
+                        fit,
+                        mask,
+                        subject=self.subject,
+                        out=out,
+                        context=context,
+                        distillation=teacher,
+                        part=part,
+                    )
+                    mask = mask if kept is None else kept
+                    trained.append(fitted)
+            facts |= tables[-1]
+            if self.nm.via:
+                facts["via"] = tables[:-1]
+            if trained:
+                facts |= trained[0] if len(trained) == 1 else _joined(model, trained, self.subject)
+            if teacher is not None:
+                facts["distillation"] = teacher.facts
         save_weights(model, out / self.outputs["weights"])
         mask.save(out / self.outputs["mask"])
         return facts
 
+    def _choices(
+        self, layers: Sequence[Layer], mask: Mask, sensitivity: Path | None, context: Context
+    ) -> dict[str, Answer]:
+        """Which layers are projected, and why or why not, with what was measured of them."""
+        choices = choose(layers, self.nm, mask)
+        if sensitivity is not None:
+            held = already(layers, self.nm, mask)
+            losing = [layer for layer in layers if layer.name not in held]
+            worst = keep_worst(losing, choices, self.nm, load(SensitivityReport, sensitivity))
+            if len(worst) < self.nm.keep_worst_dense:
+                context.progress.say(
+                    f"nm.keep_worst_dense {self.nm.keep_worst_dense}: only {len(worst)} layers would be projected and "
+                    "lose by it"
+                )
+            choices |= worst
+        return choices
+
+    def _fits(self) -> list[tuple[str, Fit | None]]:
+        """The patterns in the order they are projected, each with its share of the fine-tuning."""
+        patterns = (*self.nm.via, self.nm.pattern)
+        if self.training is None:
+            return [(pattern, None) for pattern in patterns]
+        total = self.training.total_steps(len(self.subject.examples.split("train")))
+        share = total // len(patterns)
+        if share == 0:
+            raise UsageError(
+                f"nm.fine_tune: {total} steps cannot be shared by {len(patterns)} patterns ({', '.join(patterns)}): "
+                "give more, or leave some of nm.via out"
+            )
+        steps = [*[share] * len(self.nm.via), total - share * len(self.nm.via)]
+        shares = [self.training.model_copy(update={"epochs": None, "steps": own}) for own in steps]
+        if not self.nm.via:
+            shares = [self.training]
+        return [(pattern, hold(True, own, "fine_tune")) for pattern, own in zip(patterns, shares, strict=True)]
+
+    def _permute_(
+        self, model: nn.Module, mask: Mask, choices: Mapping[str, Answer], context: Context
+    ) -> tuple[Mask, dict[str, Json]]:
+        """Reorder channels in place, before any projection; the mask that goes with the new order, and the facts."""
+        from sparsify_deploy.sparsity.permutation import permute_
+
+        method = self.nm.permute
+        assert method != "none"
+        chosen = [name for name, answer in choices.items() if answer.ok]
+        example, inputs = self.subject.example(_CHECKED), self.subject.examples.inputs
+        report = permute_(model, example, inputs, chosen, *self.nm.nm, method, mask, progress=context.progress)
+        facts = {"method": method, **report.facts()}
+        context.progress.say(
+            f"{method}: {report.permuted} of {len(chosen)} layers permuted, {self.nm.pattern} keeps "
+            f"{facts['kept_after']:.6g} in place of {facts['kept_before']:.6g} of {facts['whole']:.6g} L1 magnitude; "
+            f"outputs differ by {report.max_difference:.1e} in float64"
+        )
+        return type(mask)(report.masks), facts
+
     def _project(
-        self, model: nn.Module, layers: Sequence[Layer], sparse: Mask, choices: Mapping[str, Answer]
+        self, model: nn.Module, layers: Sequence[Layer], sparse: Mask, choices: Mapping[str, Answer], pattern: str
     ) -> tuple[Mask, list[dict[str, Json]]]:
         """The new mask, and one row a layer on what was done and what it cost in weights and in L1."""
         from sparsify_deploy.sparsity.nm import nm_mask, refill
         from sparsify_deploy.training.gradients import dense_gradients
 
-        n, m = self.nm.nm
+        n, m = n_and_m(pattern)
         chosen = [layer for layer in layers if choices[layer.name].ok]
         gradients = (
             dense_gradients(
@@ -111,7 +208,7 @@ class ProjectNM:
             }
             if choices[layer.name].ok:
                 weight = layer.weight.detach()
-                kept = nm_mask(weight, n, m, sparse.get(layer.parameter))
+                kept = nm_mask(weight, n, m, _on(sparse.get(layer.parameter), weight.device))
                 norm = weight.abs().sum().item()
                 row["kept_l1"] = (weight.abs() * kept).sum().item() / norm if norm else 1.0
                 row["kept_weights"] = int(kept.sum())
@@ -123,19 +220,44 @@ class ProjectNM:
         return type(sparse)(masks), table
 
 
-def choose(layers: Sequence[Layer], nm: NM) -> dict[str, Answer]:
-    """For each layer, whether the recipe projects it, and why or why not."""
+def _on(mask: Tensor | None, device: torch.device) -> Tensor | None:
+    return mask.to(device) if mask is not None else None
+
+
+def _tabled(pattern: str, table: Sequence[Mapping[str, Json]]) -> dict[str, Json]:
+    return {"pattern": pattern, "layers": list(table), "projected": sum(row["projected"] for row in table)}
+
+
+def _joined(model: nn.Module, trained: Sequence[Mapping[str, Json]], subject: Subject) -> dict[str, Json]:
+    """The facts of several fits as those of one, against as many steps of dense training."""
+    from sparsify_deploy.training.cost import training_cost
+    from sparsify_deploy.training.history import joined, restored
+
+    whole = joined([restored(facts["history"]) for facts in trained])
+    whole = dataclasses.replace(whole, dense_steps=whole.steps)
+    cost = training_cost(model, subject.example(), subject.examples.inputs, whole)
+    return {"method": trained[0]["method"], "history": dataclasses.asdict(whole), "cost": cost}
+
+
+def choose(layers: Sequence[Layer], nm: NM, mask: Mapping[str, Tensor] | None = None) -> dict[str, Answer]:
+    """For each layer, whether the recipe projects it, and why or why not.
+
+    A layer that is `already` on the pattern counts as projected whatever its size: it loses nothing.
+    """
     from sparsify_deploy.graph import eligibility
     from sparsify_deploy.sparsity.layers import select
 
     m = nm.nm[1]
     dense = select(layers, nm.keep_dense)
+    held = already(layers, nm, mask or {})
     answers = {}
     for layer in layers:
         shape = tuple(layer.weight.shape)
         answer = eligibility.pattern_possible(shape, layer.groups, m)
         if answer.ok and nm.layers == "rule_of_thumb":
             answer = eligibility.rule_of_thumb(shape, layer.groups, m)
+        if layer.name in held:
+            answer = eligibility.Answer(True, f"its mask is {nm.pattern} already")
         if layer.name in dense:
             answer = eligibility.Answer(False, "kept dense by the recipe (nm.keep_dense)")
         answers[layer.name] = answer

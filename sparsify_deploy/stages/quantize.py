@@ -14,6 +14,7 @@ from sparsify_deploy.recipe import Quantize as QuantizeSection
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.fitting import estimate, fit_, hold
 from sparsify_deploy.stages.subject import Subject, load_tensors, reproducible, save_tensors, unmet_packages
+from sparsify_deploy.stages.teacher import check_teacher, taught, teacher_files, teacher_inputs
 from sparsify_deploy.training.settings import Distillation, Training
 from sparsify_deploy.types import Context, Facts, Json
 
@@ -33,16 +34,19 @@ class Quantize:
 
     name: ClassVar[str] = "quantize"
     version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("weights", "mask", "teacher")
     outputs: ClassVar[Mapping[str, str]] = {"quantized": "quantized.safetensors"}
     environment: ClassVar[tuple[str, ...]] = ("modelopt",)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("weights", "mask", *teacher_inputs(self.distillation))
 
     def methods(self) -> Mapping[str, int]:
         held = {f"methods/{name}": menu.entry("methods", name).VERSION for name in ("dense", "static")}
         return {**self.subject.methods(), **held}
 
     def files(self) -> Mapping[str, Path]:
-        return self.subject.files()
+        return {**self.subject.files(), **teacher_files(self.distillation)}
 
     def unmet(self) -> Sequence[str]:
         return unmet_packages("quantize", "torch", "modelopt", "requests", "huggingface_hub")
@@ -52,6 +56,7 @@ class Quantize:
 
         names = [name for name, _ in self.subject.check_traceable().named_modules() if name]
         check_patterns(self.quantize.keep_float, names)
+        check_teacher(self.distillation, self.subject, folded=True)
 
     def estimate(self) -> Estimate:
         return estimate(self.subject, self.training)
@@ -74,7 +79,18 @@ class Quantize:
         }
         if self.training is not None:
             held = hold(mask is not None, self.training, phase="qat")
-            facts |= fit_(quantized.module, held, mask, subject=self.subject, out=out, context=context)[1]
+            with taught(self.distillation, self.subject, inputs, quantized.module, folded=True) as teacher:
+                facts |= fit_(
+                    quantized.module,
+                    held,
+                    mask,
+                    subject=self.subject,
+                    out=out,
+                    context=context,
+                    distillation=teacher,
+                )[1]
+                if teacher is not None:
+                    facts["distillation"] = teacher.facts
         if mask is not None and (moved := mask.check_holds(quantized.module)):
             raise CheckFailed(f"quantize: pruned weights are no longer zero in {', '.join(moved)}")
         save_tensors(int8.state(quantized), out / self.outputs["quantized"])

@@ -11,6 +11,7 @@ from sparsify_deploy import menu
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.fitting import Fit, estimate, fit_
 from sparsify_deploy.stages.subject import Subject, reproducible, save_weights, unmet_packages
+from sparsify_deploy.stages.teacher import check_teacher, taught, teacher_files, teacher_inputs
 from sparsify_deploy.training.settings import Distillation
 from sparsify_deploy.types import Context, Facts
 
@@ -25,8 +26,11 @@ class Train:
 
     name: ClassVar[str] = "train"
     version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("weights", "mask", "teacher")
     environment: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("weights", "mask", *teacher_inputs(self.distillation))
 
     @property
     def outputs(self) -> Mapping[str, str]:
@@ -39,16 +43,17 @@ class Train:
         return {**self.subject.methods(), **self.fit.version()}
 
     def files(self) -> Mapping[str, Path]:
-        return self.subject.files()
+        return {**self.subject.files(), **teacher_files(self.distillation)}
 
     def unmet(self) -> Sequence[str]:
         return unmet_packages("train", "torch")
 
     def preflight(self) -> None:
         self.subject.check_network()
+        check_teacher(self.distillation, self.subject)
 
     def estimate(self) -> Estimate:
-        return estimate(self.subject, self.fit.training)
+        return estimate(self.subject, self.fit)
 
     def run(self, inputs: Mapping[str, Path], out: Path, context: Context) -> Facts:
         from sparsify_deploy.sparsity.mask import Mask
@@ -57,7 +62,13 @@ class Train:
         model = self.subject.network(inputs.get("weights"))
         self.subject.check_fits(model)
         mask = Mask.load(inputs["mask"]) if "mask" in inputs else None
-        mask, facts = fit_(model.to(device), self.fit, mask, subject=self.subject, out=out, context=context)
+        model.to(device)
+        with taught(self.distillation, self.subject, inputs, model) as teacher:
+            mask, facts = fit_(
+                model, self.fit, mask, subject=self.subject, out=out, context=context, distillation=teacher
+            )
+            if teacher is not None:
+                facts["distillation"] = teacher.facts
         save_weights(model, out / self.outputs["weights"])
         if mask is not None:
             mask.save(out / self.outputs["mask"])

@@ -67,3 +67,48 @@ def training_batches(
     """The first `count` training batches of `seed`."""
     batches = Batches(split, seed=seed, batch_size=batch_size, augment=augment)
     return [batches.batch(k) for k in range(count)]
+
+
+def class_batches(
+    split: Split, *, seed: int, per_class: int, batch_size: int, classes: Sequence[str] | None, field: str = "target"
+) -> list[Batch]:
+    """Exactly `per_class` examples of each class, without augmentation, in batches as equal as possible.
+
+    Examples are read in an order drawn from `seed`, a batch at a time, until every class has enough; with `classes`
+    None (the classes are then the labels found) to the end of the split. Batches deal the classes out in turn, the
+    label being in the integer `field` `(B,)`. DataError where the field is missing or holds no labels, where a label
+    is not one of `classes`, and where a class has too few examples.
+    """
+    found: dict[int, list[Batch]] = {label: [] for label in range(len(classes or ()))}
+    order = torch.randperm(len(split), generator=generator("samples_per_class", seed, 0))
+    for indices in torch.split(order, batch_size):
+        batch = split.take(indices)
+        for row, label in enumerate(_labels(batch, field)):
+            if classes is not None and label not in found:
+                raise DataError(f"label {label} is not one of the {len(classes)} classes, 0 to {len(classes) - 1}")
+            if len(have := found.setdefault(label, [])) < per_class:
+                have.append({name: value[row].clone() for name, value in batch.items()})
+        if classes is not None and all(len(have) == per_class for have in found.values()):
+            break
+    for label, have in sorted(found.items()):
+        if len(have) < per_class:
+            name = f"class {classes[label]!r} (label {label})" if classes is not None else f"label {label}"
+            raise DataError(f"samples_per_class asks for {per_class} examples, and {name} has {len(have)} in the split")
+    dealt = [found[label][turn] for turn in range(per_class) for label in sorted(found)]
+    if not dealt:
+        raise DataError("the training split holds no examples")
+    parts = torch.arange(len(dealt)).tensor_split(-(-len(dealt) // batch_size))
+    return [{name: torch.stack([dealt[i][name] for i in part.tolist()]) for name in dealt[0]} for part in parts]
+
+
+def _labels(batch: Batch, field: str) -> list[int]:
+    labels = batch.get(field)
+    if labels is None:
+        raise DataError(f"samples_per_class needs a field {field!r}, the data has {', '.join(batch) or 'none'}")
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise DataError(
+            f"samples_per_class needs one integer label an example in {field!r}, the data gives {labels.dtype} of "
+            f"shape {tuple(labels.shape)}: it is for classification, use batches"
+        )
+    numbers: list[int] = labels.tolist()
+    return numbers

@@ -34,6 +34,14 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with the entries of each nested mapping as `part.key`, so that a difference names one of them."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {name: value}
+    return found
+
+
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """`name: old -> new` for each entry that is not the same."""
     keys = [*then, *(key for key in now if key not in then)]

@@ -1,4 +1,13 @@
-"""What training costs in FLOPs, by the conventions of RigL's authors (Evci 2020, arXiv 1911.11134, appendix H)."""
+"""What training costs in FLOPs (2 x MACs), by the conventions of RigL's authors (Evci 2020, arXiv 1911.11134, app. H).
+
+With f_D the FLOPs of a dense forward pass and f_S those of the sparse one, a step of batch size 1 costs
+
+- dense: 3 f_D, the backward pass being twice the forward;
+- static, SET, gradual pruning: 3 f_S, at the density of that step;
+- RigL: 3 f_S, and 2 f_S + f_D in one step of ΔT + 1, which needs the whole gradient of the weights;
+- SNFS, STE, SR-STE: 2 f_S + f_D, forward and input gradient sparse, the weights' gradient dense at each step;
+- IMP: each fit by its own density, all of them together over one dense training.
+"""
 
 from __future__ import annotations
 
@@ -59,13 +68,14 @@ def relative_training_flops(
     *,
     updates: Sequence[tuple[int, Mapping[str, float]]] = (),
     dense_gradient_every: int | None = None,
+    dense_steps: int | None = None,
 ) -> float:
-    """Training FLOPs of a run over those of dense training for as many steps.
+    """Training FLOPs of a run of `steps` over those of dense training for `dense_steps`, None: for as many.
 
-    With f_D and f_S the dense and sparse forward pass, a dense step is 3 f_D (backward is twice forward), a sparse one
-    3 f_S. A method that needs the dense gradient every ΔT steps costs (3 f_S ΔT + 2 f_S + f_D) / (ΔT + 1) a step on
-    average, over the whole run, as the authors count; that is a little too much once the mask stands still.
-    `updates` are (step, densities from that step on), in order. `ModelError` where the model does no counted work.
+    A method that needs the dense gradient every ΔT steps costs (3 f_S ΔT + 2 f_S + f_D) / (ΔT + 1) a step on average,
+    over the whole run, as the authors count; that is a little too much once the mask stands still. ΔT is 0 where each
+    step needs it. `updates` are (step, densities from that step on), in order. `ModelError` where the model does no
+    counted work.
     """
     dense = sum(flops.values())
     if dense == 0:
@@ -80,21 +90,25 @@ def relative_training_flops(
             every = dense_gradient_every
             a_step = (3 * sparse * every + 2 * sparse + dense) / (every + 1)
         total += a_step * (end - start)
-    return total / (3 * dense * steps)
+    return total / (3 * dense * (steps if dense_steps is None else dense_steps))
 
 
 def training_cost(model: nn.Module, example: Batch, inputs: Sequence[str], history: History) -> Json:
-    """The cost of a fit, for a report: FLOPs (2 x MACs) of a forward pass of `example`, dense and at the starting
-    density, and training FLOPs relative to dense training."""
+    """The cost of training, for a report: FLOPs (2 x MACs) of a forward pass of `example`, dense and at the density it
+    ends with; training FLOPs relative to one dense training; seconds on the clock and of CPU time."""
     flops = forward_flops(model, example, inputs)
+    last = history.updates[-1].densities if history.updates else history.densities
     return {
         "dense_forward_flops": sum(flops.values()),
-        "sparse_forward_flops": sparse_flops(flops, history.densities),
+        "sparse_forward_flops": sparse_flops(flops, last),
         "relative_training_flops": relative_training_flops(
             flops,
             history.densities,
             history.steps,
             updates=[(update.step, update.densities) for update in history.updates],
             dense_gradient_every=history.dense_gradient_every,
+            dense_steps=history.dense_steps,
         ),
+        "train_s": history.train_s,
+        "cpu_s": history.cpu_s,
     }

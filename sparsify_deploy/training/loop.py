@@ -7,55 +7,53 @@ tensors and counters only, and no state of any generator, sampler or scheduler.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sparsify_deploy.errors import Diverged, Interrupted
+from sparsify_deploy.errors import CorruptArtifact, Diverged, Interrupted
 from sparsify_deploy.training import checkpoint
 from sparsify_deploy.training.batches import Batches, derived_seed, training_batches
 from sparsify_deploy.training.evaluation import device_of, evaluate, mode, moved, predict
+from sparsify_deploy.training.history import History, Stopwatch, joined, restored
 from sparsify_deploy.training.optimizer import build_optimizer
+from sparsify_deploy.training.precision import LossScale, autocast, in_fp32
 from sparsify_deploy.training.schedule import lr_factor
 from sparsify_deploy.training.updater import Update, Updater
 from sparsify_deploy.types import Context, Split, Task, outputs_of
 
 if TYPE_CHECKING:
     from sparsify_deploy.training.settings import Training
+    from sparsify_deploy.types import Batch, Outputs
 
-__all__ = ["History", "Trainer", "Update", "evaluate", "predict", "training_batches"]
+__all__ = ["Distilling", "History", "Trainer", "Update", "evaluate", "predict", "training_batches"]
 
 _POINTS = 200
 """A history holds at most about this many losses, each the mean over the steps since the one before."""
 
 
-@dataclass(frozen=True)
-class History:
-    """What one fit did. `losses` and `updates` count steps done; `densities` are the mask's at the start, by
-    parameter name; `dense_gradient_every` is for the training cost; `resumed_from` is the step a checkpoint held."""
+class Distilling(Protocol):
+    """A teacher's part in the loss; what it needs of the student's insides it takes by hooks of its own."""
 
-    steps: int
-    losses: tuple[tuple[int, float], ...]
-    densities: Mapping[str, float] = field(default_factory=dict)
-    updates: tuple[Update, ...] = ()
-    dense_gradient_every: int | None = None
-    resumed_from: int | None = None
-    notes: tuple[str, ...] = ()
+    def loss(self, own: Tensor, outputs: Outputs, batch: Batch, /) -> Tensor:
+        """The loss to train with, from the task's `own` loss and the student's `outputs`, floats as float32."""
+        ...
 
 
 class Trainer:
     """Trains one model on one split. Make it after the model is on its device; batches are moved there.
 
     `model` is changed in place. `folder` takes one `<label>.checkpoint` for each fit. `augment` names functions of
-    `augment.py` that change the field `input`. `label` names a fit that is given no name of its own. Whole models
-    only: every module is in training mode while it fits.
+    `augment.py` that change the field `input`. `label` names a fit that is given no name of its own. `distillation`
+    has the last word on the loss. `evaluate` gives the test metrics of the model as it stands, for methods with
+    several fits. Whole models only: every module is in training mode while it fits.
     """
 
     def __init__(
@@ -71,6 +69,8 @@ class Trainer:
         context: Context,
         augment: Sequence[str] = (),
         label: str = "train",
+        distillation: Distilling | None = None,
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
         self.model = model
         self.task = task
@@ -83,48 +83,107 @@ class Trainer:
         self.optimizer = build_optimizer(model, settings.optimizer)
         self.total_steps = settings.total_steps(len(split))
         self.label = label
+        self.distillation = distillation
+        self.evaluate = evaluate
         self.step = 0
-        self.history = History(0, ())
+        self.fits: tuple[History, ...] = ()
+        self._scale = LossScale(self.device, settings.precision)
         self._batches = Batches(split, seed=seed, batch_size=settings.batch_size, augment=augment)
-        self._losses: list[tuple[int, float]] = []
-        self._window: list[float] = []
+        self._begin(History(0, ()), None, None)
 
-    def fit(self, updater: Updater, label: str | None = None) -> History:
-        """Train for `total_steps` from the model and the optimizer slots as they are; also kept in `history`.
+    @property
+    def history(self) -> History:
+        """All fits so far as one."""
+        return joined(self.fits)
+
+    def fit(
+        self,
+        updater: Updater,
+        label: str | None = None,
+        *,
+        start: int = 0,
+        constant_rate: float | None = None,
+        keep_at: int | None = None,
+        measured: bool = False,
+    ) -> History:
+        """Train from step `start` to `total_steps`, from the model and the optimizer slots as they are.
+
+        Learning rates and batches are those of the steps from `start` on; `constant_rate` replaces the schedule.
+        `keep_at` is a step at which all state is kept for `rewind`; `measured` adds test metrics to the history.
 
         Goes on from the checkpoint of `label` in the folder if there is one; a fit that had finished is loaded, not
-        repeated. `Diverged` on a loss that is not finite; `Interrupted` after `context.stop_requested()`, once the
-        checkpoint is on disk; `CorruptArtifact` for a damaged checkpoint, `UsageError` for one of another run.
+        repeated, and `fits` holds what came before it. `Diverged` on a loss that is not finite; `Interrupted` after
+        `context.stop_requested()`, once the checkpoint is on disk; `CorruptArtifact` for a damaged checkpoint,
+        `UsageError` for one of another run.
         """
         label = label or self.label
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
-            raise ValueError(f"a label becomes a file name: {label!r} cannot")
-        path = self.folder / f"{label}.checkpoint"
-        self.step, self._losses, self._window = 0, [], []
-        densities = updater.mask.densities() if updater.mask is not None else {}
-        resumed_from = self._resume(path, updater, label)
+        path = self.checkpoint(label)
+        mask = updater.mask
+        fresh = History(0, (), label=label, start=start, dense_steps=self.total_steps)
+        if mask is not None:
+            fresh = dataclasses.replace(fresh, densities=mask.densities(), density=mask.density)
+        self._begin(fresh, constant_rate, keep_at)
+        resumed_from = self._resume(path, updater)
         devices = [self.device] if self.device.type == "cuda" else []
         with mode(self.model, train=True), torch.random.fork_rng(devices=devices):
-            self._run(updater, label, path)
-        self.history = History(
-            steps=self.step,
+            self._run(updater, path, measured)
+        done = dataclasses.replace(self._told(updater), resumed_from=resumed_from)
+        self.fits = (*self.fits, done)
+        return done
+
+    def checkpoint(self, label: str) -> Path:
+        """Where the fit `label` keeps its state."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
+            raise ValueError(f"a label becomes a file name: {label!r} cannot")
+        return self.folder / f"{label}.checkpoint"
+
+    def rewind(self, label: str, step: int) -> None:
+        """Model, buffers, optimizer slots and loss scale as the fit `label` kept them at `step`."""
+        path = self._kept(label)
+        content = checkpoint.read(path)
+        if content is None:
+            raise CorruptArtifact(f"{path} is gone, which held step {step}: delete {self.folder} to train anew")
+        if content["step"] != step:
+            raise checkpoint.foreign(path, f"step: {content['step']} -> {step}")
+        checkpoint.load_tensors_(self.model, content["model"], path)
+        self.optimizer.load_state_dict(content["optimizer"])
+        self._scale.load_state_dict(content["scale"])
+
+    def _begin(self, fresh: History, constant_rate: float | None, keep_at: int | None) -> None:
+        self._fit, self.step = fresh, fresh.start
+        self._rate, self._keep_at = constant_rate, keep_at
+        self._losses: list[tuple[int, float]] = []
+        self._window: list[float] = []
+        self._scale.skipped = 0
+        self._watch = Stopwatch()
+
+    def _kept(self, label: str) -> Path:
+        return self.checkpoint(f"{label}.rewind")
+
+    def _told(self, updater: Updater) -> History:
+        notes = tuple(updater.notes)
+        if skipped := self._scale.skipped:
+            notes += (f"{self._fit.label}: fp16: gradients overflowed in {skipped} steps, which were skipped",)
+        return dataclasses.replace(
+            self._fit,
+            steps=self.step - self._fit.start,
             losses=tuple(self._losses),
-            densities=densities,
             updates=tuple(updater.updates),
             dense_gradient_every=updater.dense_gradient_every,
-            resumed_from=resumed_from,
-            notes=tuple(updater.notes),
+            notes=notes,
         )
-        return self.history
 
-    def _run(self, updater: Updater, label: str, path: Path) -> None:
-        every = math.ceil(self.total_steps / _POINTS)
+    def _run(self, updater: Updater, path: Path, measured: bool) -> None:
+        label, start = self._fit.label, self._fit.start
+        every = math.ceil((self.total_steps - start) / _POINTS)
         saved_at = time.monotonic()
         finished = self.step == self.total_steps
         while self.step < self.total_steps:
+            if self.step == self._keep_at:
+                self._save(self._kept(label), updater)
             loss = self.advance(updater, label)
             self._window.append(loss)
-            if self.step % every == 0 or self.step == self.total_steps:
+            if (self.step - start) % every == 0 or self.step == self.total_steps:
                 self._losses.append((self.step, math.fsum(self._window) / len(self._window)))
                 self._window = []
             self.context.progress.update(label, self.step, self.total_steps, f"loss {loss:.4f}")
@@ -140,6 +199,10 @@ class Trainer:
         if not finished:
             updater.finish()
             self._check_result(updater, label)
+            if measured and self.evaluate is not None:
+                seconds = self._watch.read()
+                self._fit = dataclasses.replace(self._fit, metrics=dict(self.evaluate()))
+                self._watch = Stopwatch(*seconds)  # testing is not training
             self._save(path, updater)
 
     def advance(self, updater: Updater, label: str = "train") -> float:
@@ -148,7 +211,9 @@ class Trainer:
         Leaves torch's random state wherever the step left it, and writes nothing; `fit` is what calls it.
         """
         step, slices = self.step, self.settings.accumulate
-        rate = self.settings.optimizer.lr * lr_factor(self.settings.schedule, step, self.total_steps)
+        rate = self._rate
+        if rate is None:
+            rate = self.settings.optimizer.lr * lr_factor(self.settings.schedule, step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -160,24 +225,28 @@ class Trainer:
             loss += part.item()
             if not math.isfinite(loss):
                 raise _diverged(label, f"the loss is {loss}", step, self.total_steps, rate)
-            part.backward()  # type: ignore[no-untyped-call]
-        if updater.after_backward(step):
+            self._scale.backward(part)
+        if self._scale.unscaled_(self.optimizer) and updater.after_backward(step):
             if self.settings.clip_norm is not None:
                 norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
                 if not math.isfinite(norm):
                     raise _diverged(label, f"the gradient norm is {norm.item()}", step, self.total_steps, rate)
             self.optimizer.step()
+        self._scale.update()
+        if self._scale.exhausted():
+            raise _diverged(label, "the gradients overflow fp16 at any loss scale", step, self.total_steps, rate)
         updater.after_step(step)
         self.step += 1
         return loss
 
     def _loss(self, k: int) -> Tensor:
         batch = moved(self._batches.batch(k), self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
-            outputs = outputs_of(self.model, batch, self.inputs)
-        if self.settings.precision == "bf16":
-            outputs = {name: value.float() if value.is_floating_point() else value for name, value in outputs.items()}
-        return self.task.loss(outputs, batch)
+        precision = self.settings.precision
+        with autocast(self.device, precision):
+            found = outputs_of(self.model, batch, self.inputs)
+        outputs = in_fp32(found, precision)
+        own = self.task.loss(outputs, batch)
+        return own if self.distillation is None else self.distillation.loss(own, outputs, batch)
 
     def _check_result(self, updater: Updater, label: str) -> None:
         for name, parameter in self.model.named_parameters():
@@ -189,19 +258,20 @@ class Trainer:
 
     def _plan(self, updater: Updater) -> dict[str, Any]:
         """What a checkpoint must have been made with for going on to make sense."""
-        settings = self.settings.model_dump(mode="json")
-        nested = {part: settings.pop(part) for part in ("optimizer", "schedule")}
-        flat = {f"{part}.{key}": value for part, values in nested.items() for key, value in values.items()}
         return {
-            **settings,
-            **flat,
+            **checkpoint.flat(self.settings.model_dump(mode="json")),
             "seed": self.seed,
             "augment": list(self._batches.augment),
             "examples": len(self._batches.split),
             "updater": type(updater).__name__,
+            "start": self._fit.start,
+            "constant rate": self._rate,
+            "kept step": self._keep_at,
         }
 
     def _save(self, path: Path, updater: Updater) -> None:
+        train_s, cpu_s = self._watch.read()
+        self._fit = dataclasses.replace(self._fit, train_s=train_s, cpu_s=cpu_s)
         checkpoint.write(
             path,
             {
@@ -210,27 +280,34 @@ class Trainer:
                 "step": self.step,
                 "model": {name: tensor.detach() for name, tensor in checkpoint.tensors_of(self.model).items()},
                 "optimizer": self.optimizer.state_dict(),
+                "scale": self._scale.state_dict(),
                 "updater": updater.state_dict(),
+                "fit": dataclasses.asdict(self._fit),
+                "fits": [dataclasses.asdict(fit) for fit in self.fits],
                 "losses": self._losses,
                 "window": self._window,
             },
         )
 
-    def _resume(self, path: Path, updater: Updater, label: str) -> int | None:
-        content = checkpoint.read(path)
+    def _resume(self, path: Path, updater: Updater) -> int | None:
+        content, label = checkpoint.read(path), self._fit.label
         if content is None:
             return None
         if changed := checkpoint.differences(content["plan"], self._plan(updater)):
             raise checkpoint.foreign(path, "; ".join(changed))
         checkpoint.load_tensors_(self.model, content["model"], path)
         self.optimizer.load_state_dict(content["optimizer"])
+        self._scale.load_state_dict(content["scale"])
         updater.load_state_dict(content["updater"])
         self.step = content["step"]
+        self._fit = restored(content["fit"])
+        self.fits = tuple(restored(fit) for fit in content["fits"])
+        self._watch = Stopwatch(self._fit.train_s, self._fit.cpu_s)
         self._losses = [(step, loss) for step, loss in content["losses"]]
         self._window = list(content["window"])
         say = self.context.progress.say
         if self.step == self.total_steps:
-            say(f"{label}: finished before, {self.step} steps loaded")
+            say(f"{label}: finished before, {self.step - self._fit.start} steps loaded")
         else:
             say(f"{label}: goes on at step {self.step} of {self.total_steps}")
         if changed := checkpoint.differences(content["environment"], checkpoint.environment(self.device)):

@@ -44,7 +44,9 @@ class Training(Section):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     clip_norm: Positive | None = Field(None, description="largest gradient norm, after the mask acted")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; weights stay FP32")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="bf16, fp16: autocast; weights stay FP32; fp16 scales the loss"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
@@ -112,7 +114,7 @@ class TrainingOverride(Section):
     optimizer: OptimizerOverride | None = None
     schedule: ScheduleOverride | None = None
     clip_norm: Positive | None = None
-    precision: Literal["fp32", "bf16"] | None = None
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingOverride:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify_deploy.sparsity.mask import Mask
+from sparsify_deploy.sparsity.prune import collapsed
 from sparsify_deploy.training.optimizer import slots
 
 
@@ -29,7 +30,11 @@ class Update:
 
 
 class Updater(Protocol):
-    """Called by the loop around each optimizer step; `step` is the number of optimizer steps done before it."""
+    """Called by the loop around each optimizer step; `step` is the number of optimizer steps done before it.
+
+    Under fp16 a step whose gradients overflowed is skipped: `after_backward` is not called then, `before_forward` and
+    `after_step` are.
+    """
 
     @property
     def mask(self) -> Mask | None:
@@ -54,7 +59,10 @@ class Updater(Protocol):
     def before_forward(self, step: int, /) -> None: ...
 
     def after_backward(self, step: int, /) -> bool:
-        """`.grad` holds the dense gradient, averaged over accumulated batches. False: skip the optimizer this step."""
+        """`.grad` holds the dense gradient, unscaled, averaged over accumulated batches, and finite under fp16.
+
+        False: skip the optimizer this step.
+        """
         ...
 
     def after_step(self, step: int, /) -> None: ...
@@ -104,7 +112,6 @@ class HoldMask:
     """
 
     updates: Sequence[Update] = ()
-    notes: Sequence[str] = ()
     dense_gradient_every: int | None = None
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, mask: Mask) -> None:
@@ -114,6 +121,12 @@ class HoldMask:
     @property
     def mask(self) -> Mask:
         return self._mask
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Layers that the mask empties: nothing passes them but their bias."""
+        empty = collapsed(self._mask)
+        return (f"layer collapse: no weight is left in {', '.join(empty)}",) if empty else ()
 
     def hold(self, mask: Mask) -> None:
         """Hold another mask from now on; weights outside it become zero, their slots too."""

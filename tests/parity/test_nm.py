@@ -39,6 +39,44 @@ def test_nm_mask_is_the_best_of_all_patterns(n: int, m: int) -> None:
             assert tuple(kept[i, j : j + m, y, x].nonzero().flatten().tolist()) == best_by_search(group, n)
 
 
+@pytest.mark.parametrize("m", range(1, 17))
+def test_every_n_of_every_m_up_to_sixteen(m: int) -> None:
+    torch.manual_seed(m)
+    # three groups: of their own numbers, of ties, and mostly of zeros
+    weight = torch.cat([torch.randn(m), torch.randint(-2, 3, (m,)).float(), torch.randn(m) * (torch.rand(m) < 0.2)])
+    for n in range(1, m + 1):
+        kept = nm_mask(weight[None], n, m)[0].view(3, m)
+        for group, found in zip(weight.view(3, m).tolist(), kept, strict=True):
+            order = sorted(range(m), key=lambda i: (-abs(group[i]), i))
+            assert found.nonzero().flatten().tolist() == sorted(order[:n])
+            if m <= 10:
+                assert tuple(sorted(order[:n])) == best_by_search(group, n)
+
+
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_under_a_mask_it_is_the_best_of_all_patterns_left(n: int, m: int) -> None:
+    torch.manual_seed(3)
+    for weight in (torch.randn(3, 16, 2, 3), torch.randint(-1, 2, (3, 16, 2, 3)).float()):
+        allowed = torch.rand(weight.shape) < 0.5
+        kept = nm_mask(weight, n, m, allowed)
+        for group, (i, j, y, x) in every_group(weight, m):
+            free = [q for q in range(m) if allowed[i, j + q, y, x]]
+            best = max(
+                combinations(free, min(n, len(free))), key=lambda p: (sum(abs(group[q]) for q in p), [-q for q in p])
+            )
+            assert tuple(kept[i, j : j + m, y, x].nonzero().flatten().tolist()) == best
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64])
+def test_other_dtypes_and_memory_formats(dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    weight = (torch.randn(3, 16, 2, 3) * 8).to(dtype)
+    expected = nm_mask(weight.double(), 2, 4)
+    assert torch.equal(nm_mask(weight, 2, 4), expected)
+    assert torch.equal(nm_mask(weight.to(memory_format=torch.channels_last), 2, 4), expected)
+    assert torch.equal(nm_mask(weight.flip(0), 2, 4), expected.flip(0))
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from([*PATTERNS, (3, 5), (8, 16), (4, 4)]), st.data())
 def test_nm_mask_on_any_numbers(pattern: tuple[int, int], data: st.DataObject) -> None:

@@ -14,6 +14,7 @@ from sparsify_deploy.sparsity.mask import Mask
 from sparsify_deploy.tasks import regression
 from sparsify_deploy.training.loop import Trainer, training_batches
 from sparsify_deploy.training.methods import rigl
+from sparsify_deploy.training.methods._selection import drop, grow
 from sparsify_deploy.training.settings import Optimizer, Schedule, Training
 from sparsify_deploy.types import Context
 
@@ -45,9 +46,56 @@ def test_rewiring_matches_brute_force_with_many_ties(seed):
     weights = [float(rng.randrange(-3, 4)) * kept for kept in mask]
     gradients = [float(rng.randrange(-3, 4)) for _ in range(size)]
     count = rng.randrange(0, sum(mask) + 1)
-    new = rigl.rewire(torch.tensor(weights), torch.tensor(mask), torch.tensor(gradients), count)
+    left = drop(torch.tensor(weights), torch.tensor(mask), count)
+    new = grow(left, torch.tensor(gradients), count)
     assert new.tolist() == brute_rewire(weights, mask, gradients, count)
     assert int(new.sum()) == sum(mask)
+
+
+def sorted_update(weight, mask, score, count):
+    """The mask after an update by two stable sorts of the whole layer."""
+    flat = mask.flatten()
+    new = torch.zeros_like(flat)
+    order = weight.abs().flatten().masked_fill(~flat, -1.0).argsort(descending=True, stable=True)
+    new[order[: int(flat.sum()) - count]] = True
+    order = score.abs().flatten().masked_fill(new, -1.0).argsort(descending=True, stable=True)
+    new[order[:count]] = True
+    return new.view_as(mask)
+
+
+LARGE = {
+    "gaussian": lambda *shape, generator: torch.randn(*shape, generator=generator),
+    "many ties": lambda *shape, generator: torch.randn(*shape, generator=generator).mul(2).round(),
+    "mostly zero": lambda *shape, generator: (
+        torch.randn(*shape, generator=generator) * (torch.rand(*shape, generator=generator) < 0.001)
+    ),
+    "all zero": lambda *shape, **_: torch.zeros(*shape),
+    "the sample sees only large ones": lambda *shape, generator: torch.randn(*shape, generator=generator).index_fill_(
+        1, torch.arange(0, shape[1], 2), 1e3
+    ),
+    "the sample sees only small ones": lambda *shape, generator: (
+        torch.full(shape, 5.0)
+        .view(-1)
+        .index_fill_(0, torch.arange(0, 300 * 700, (300 * 700 // 8192) | 1), 0.0)
+        .view(shape)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.parametrize(("density", "fraction"), [(0.1, 0.3), (0.2, 0.02), (0.9, 0.11), (0.5, 1.0), (0.001, 0.5)])
+def test_a_large_layer_is_rewired_as_by_sorting(kind, density, fraction):
+    generator = torch.Generator().manual_seed(8)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        weight, score = (LARGE[kind](300, 700, generator=generator).to(dtype) for _ in range(2))
+        mask = torch.rand(300, 700, generator=generator) < density
+        weight = weight * mask
+        count = min(int(fraction * mask.sum()), int((~mask).sum()))
+        before = mask.clone(), weight.clone(), score.clone()
+        left = drop(weight, mask, count)
+        assert int(left.sum()) == int(mask.sum()) - count
+        assert torch.equal(grow(left, score, count), sorted_update(weight, mask, score, count))
+        assert all(map(torch.equal, before, (mask, weight, score)))
 
 
 def reference(weight, mask, batches, *, lr, momentum, decay, every, alpha, end):

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class TrainingMethod(Protocol):
-    """A menu module of `training/methods/` meets it with a function and constants."""
+    """A menu module of `training/methods/` meets it with two functions and constants."""
 
     VERSION: int
     Params: type[AnyParams]
@@ -21,6 +21,10 @@ class TrainingMethod(Protocol):
     """Whether it prunes while it trains, down to the recipe's `sparsity`."""
     LEAVES_MASK: bool
     """Whether it ends with a mask."""
+
+    def optimizer_steps(self, params: Any, total_steps: int, density: float | None, /) -> int:
+        """The optimizer steps it takes where a dense training takes `total_steps`: as many, but for repeated ones."""
+        ...
 
     def train(self, trainer: Trainer, mask: Mask | None, params: Any, density: float | None = None, /) -> Mask | None:
         """Train `trainer.model` in place and return its final mask; `trainer.history` tells how it went.

@@ -21,6 +21,11 @@ class Params(Base):
     """Dense training has no parameters."""
 
 
+def optimizer_steps(params: Params, total_steps: int, density: float | None) -> int:
+    """One fit."""
+    return total_steps
+
+
 def train(trainer: Trainer, mask: Mask | None, params: Params, density: float | None = None) -> None:
     """One fit without a mask."""
     from sparsify_deploy.training.updater import Dense

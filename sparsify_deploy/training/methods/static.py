@@ -21,6 +21,11 @@ class Params(Base):
     """Training with a fixed mask has no parameters."""
 
 
+def optimizer_steps(params: Params, total_steps: int, density: float | None) -> int:
+    """One fit."""
+    return total_steps
+
+
 def train(trainer: Trainer, mask: Mask | None, params: Params, density: float | None = None) -> Mask:
     """One fit with `mask` held at every step."""
     from sparsify_deploy.training.updater import HoldMask

@@ -49,7 +49,11 @@ def test_a_good_recipe_is_read_with_defaults_and_named_after_its_file(tmp_path: 
     assert recipe.name == "my-net"
     assert recipe.sparsity == 0.8
     assert recipe.train is not None
-    assert recipe.train.params.model_dump() == {"update_every": 100, "drop_fraction": 0.2, "end_fraction": 0.75}
+    assert recipe.train.params.model_dump(exclude_none=True) == {
+        "update_every": 100,
+        "drop_fraction": 0.2,
+        "end_fraction": 0.75,
+    }
     assert recipe.init is not None
     assert recipe.init.params.model_dump() == {"rounds": 100}
     assert recipe.data.params.model_dump() == {"size": 8}
@@ -283,3 +287,12 @@ def test_a_recipe_is_judged_without_torch_and_numpy(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert done.stdout.startswith("recipe ")
+
+
+def test_a_wrong_item_is_not_also_a_list_that_is_too_short(tmp_path: Path) -> None:
+    found = mistakes_of(tmp_path, GOOD + "distillation: {phases: [train]}\n")
+    assert len(found) == 1, found
+    assert "distillation.phases.0: expected one of fine_tune, qat" in found[0]
+    found = mistakes_of(tmp_path, GOOD + "distillation: {phases: []}\n")
+    assert len(found) == 1, found
+    assert "expected at least 1 items" in found[0]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsify_deploy.errors import ModelError
 from sparsify_deploy.sparsity.layers import prunable
-from sparsify_deploy.sparsity.prune import allocate, collapsed, global_mask, layerwise_mask, prune_at_init
+from sparsify_deploy.sparsity.prune import allocate, collapsed, global_mask, layerwise_mask, pattern_mask, prune_at_init
 
 if TYPE_CHECKING:
     from sparsify_deploy.sparsity.mask import Mask
@@ -40,6 +40,34 @@ def test_ties_go_to_the_lower_index_however_large_the_layer() -> None:
     mask = global_mask({"a": torch.zeros(100_003)}, 0.25)
     assert int(mask["a"].sum()) == 25_001
     assert bool(mask["a"][:25_001].all())
+
+
+@pytest.mark.parametrize("density", [0.0, 1e-5, 0.001, 0.3, 0.6, 0.97, 1.0])
+@pytest.mark.parametrize("kind", ["normal", "pruned before", "few values", "sorted", "spiked"])
+def test_large_networks_are_ranked_like_a_stable_sort(kind: str, density: float) -> None:
+    # the guess from a sample must not show, even where it is wrong
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(200_000, generator=generator, dtype=torch.float64)
+    if kind == "pruned before":
+        flat = flat.abs() * (torch.rand(200_000, generator=generator) < 0.5)
+    if kind == "few values":
+        flat = torch.randint(-2, 3, (200_000,), generator=generator).double()
+    if kind == "sorted":
+        flat = flat.sort().values
+    if kind == "spiked":  # the sample sees large values alone
+        flat[::61] += 100
+    mask = global_mask({"b": flat[:150_000].view(300, 500), "a": flat[150_000:]}, density)
+    order = torch.sort(flat, descending=True, stable=True).indices
+    expected = torch.zeros(200_000, dtype=torch.bool)
+    expected[order[: round(density * 200_000)]] = True
+    assert torch.equal(torch.cat([mask["b"].flatten(), mask["a"]]), expected)
+
+
+def test_pattern_mask_keeps_signs_apart_and_breaks_ties_by_channel() -> None:
+    scores = {"w": torch.tensor([[-9.0, 1.0, -2.0, 0.5, 3.0, 3.0, 3.0, 3.0]])}
+    assert pattern_mask(scores, 2, 4)["w"].tolist() == [[False, True, False, True, True, True, False, False]]
+    with pytest.raises(ModelError, match="NaN"):
+        pattern_mask({"w": torch.tensor([[1.0, float("nan")]])}, 1, 2)
 
 
 def test_layerwise_holds_each_layers_own_count() -> None:

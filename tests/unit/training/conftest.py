@@ -43,10 +43,13 @@ class Recorder:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _as_in_a_stage():
+    """One thread, and only operations that have a deterministic form, as stages ask torch for."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
     yield
+    torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from sparsify_deploy.sparsity.mask import Mask
+from sparsify_deploy.training.methods._held import MovingMask
+from sparsify_deploy.training.optimizer import build_optimizer, slots
 from sparsify_deploy.training.settings import Optimizer
+from sparsify_deploy.training.updater import HoldMask
 
 
-def test_a_weight_grown_where_something_was_left_behind_starts_at_zero(tiny, tmp_path):
-    from sparsify_deploy.training.updater import HoldMask
-
+@pytest.mark.parametrize("holder", [HoldMask, MovingMask])
+def test_a_weight_grown_where_something_was_left_behind_starts_at_zero(tiny, tmp_path, holder):
     trainer = tiny.trainer(tmp_path, tiny.settings(optimizer=Optimizer(name="adam", lr=0.01)))
     mask = tiny.mask()
-    held = HoldMask(trainer.model, trainer.optimizer, mask)
+    held = holder(trainer.model, trainer.optimizer, mask)
     name = "5.weight"
     weight, grown = held.parameters[name], ~mask[name]
     with torch.no_grad():
@@ -22,3 +26,35 @@ def test_a_weight_grown_where_something_was_left_behind_starts_at_zero(tiny, tmp
     for tensor, kept in ((weight, 3.0), *((slot, 2.0) for slot in trainer.optimizer.state[weight].values())):
         assert bool((tensor[grown] == 0).all())
         assert bool((tensor[~grown] == kept).all())
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_moving_cheaply_is_holding_anew(memory_format, dtype):
+    """Weights, slots and the next masked gradient, over several moves, bit for bit."""
+    generator = torch.Generator().manual_seed(4)
+
+    def random_mask():
+        return Mask({"weight": torch.rand(6, 4, 3, 3, generator=generator) < 0.4})
+
+    masks = [random_mask() for _ in range(4)]
+    start = torch.randn(6, 4, 3, 3, generator=generator, dtype=dtype)
+    gradients = [torch.randn(6, 4, 3, 3, generator=generator, dtype=dtype) for _ in range(3)]
+    ends = []
+    for holder in (HoldMask, MovingMask):
+        model = torch.nn.Conv2d(4, 6, 3, bias=False, dtype=dtype).to(memory_format=memory_format)
+        with torch.no_grad():
+            model.weight.copy_(start)
+        optimizer = build_optimizer(model, Optimizer(name="adam", lr=0.1, weight_decay=0.1))
+        held = holder(model, optimizer, masks[0])
+        for mask, gradient in zip(masks[1:], gradients, strict=True):
+            model.weight.grad = gradient.to(memory_format=memory_format)
+            assert held.after_backward(0)
+            optimizer.step()
+            held.rewire_to(mask)
+            assert held.mask == mask
+            assert mask.check_holds(model) == ()
+        ends.append([model.weight.detach(), *slots(optimizer, model.weight)])
+    assert len(ends[0]) == 3
+    assert all(map(torch.equal, *ends))
+    assert ends[0][0].is_contiguous(memory_format=memory_format)

@@ -58,6 +58,23 @@ def test_densities_count_from_their_step_on():
     )
 
 
+def test_each_convention_by_hand():
+    """f_D = 1000, f_S = 100 * 0.5 + 900 * 0.2 = 230; ten steps."""
+    flops, densities = {"a": 100, "b": 900}, {"a.weight": 0.5, "b.weight": 0.2}
+    assert relative_training_flops(flops, densities, 10) == pytest.approx(230 / 1000)  # static, SET
+    every_step = relative_training_flops(flops, densities, 10, dense_gradient_every=0)  # SNFS, STE, SR-STE
+    assert every_step == pytest.approx((2 * 230 + 1000) / 3000)
+    rigl = relative_training_flops(flops, densities, 10, dense_gradient_every=4)
+    assert rigl == pytest.approx((4 * 3 * 230 + 2 * 230 + 1000) / 5 / 3000)
+    halves = [(6, {"a.weight": 1.0, "b.weight": 0.5}), (8, densities)]
+    gradual = relative_training_flops(flops, {}, 10, updates=halves)
+    assert gradual == pytest.approx((6 * 1000 + 2 * 550 + 2 * 230) / 10000)
+    tickets = relative_training_flops(
+        flops, {}, 10 + 8 + 8, updates=[(10, halves[0][1]), (18, densities)], dense_steps=10
+    )
+    assert tickets == pytest.approx((10 * 1000 + 8 * 550 + 8 * 230) / 10000)
+
+
 def test_nothing_to_count_is_a_model_error():
     with pytest.raises(ModelError, match="no convolution"):
         relative_training_flops({}, {}, 10)
@@ -65,6 +82,7 @@ def test_nothing_to_count_is_a_model_error():
 
 def test_the_cost_of_a_fit(tiny, tmp_path):
     trainer = tiny.trainer(tmp_path)
+    assert rigl.optimizer_steps(rigl.Params(), 12, None) == 12
     rigl.train(trainer, tiny.mask(), rigl.Params(update_every=4))
     example = tiny.images().take(torch.arange(1))
     cost = training_cost(trainer.model, example, ("input",), trainer.history)
@@ -74,3 +92,5 @@ def test_the_cost_of_a_fit(tiny, tmp_path):
     assert cost["dense_forward_flops"] == dense
     assert cost["sparse_forward_flops"] == pytest.approx(sparse)
     assert cost["relative_training_flops"] == pytest.approx((14 * sparse + dense) / 5 / 3 / dense)
+    assert cost["train_s"] == trainer.history.train_s > 0
+    assert cost["cpu_s"] == trainer.history.cpu_s > 0

@@ -218,6 +218,126 @@ def test_bf16_keeps_float_weights_and_trains(tiny, tmp_path):
     assert history.losses[-1][1] < history.losses[0][1]
 
 
+def test_fp16_scales_the_loss_and_updaters_see_the_gradient_itself(tiny, tmp_path):
+    found = {}
+    for precision in ("fp32", "fp16"):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+        with torch.no_grad():
+            model[1].weight.fill_(0.01)
+            model[1].bias.zero_()
+        settings = tiny.settings(steps=1, precision=precision, accumulate=3)
+        trainer = tiny.trainer(tmp_path / precision, settings, model=model)
+        probe = Probe(trainer)
+        trainer.fit(probe)
+        found[precision] = probe.gradients[0]
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    for half, single in zip(found["fp16"], found["fp32"], strict=True):
+        assert half.abs().max() < 10  # the scale starts at 65536
+        assert torch.allclose(half, single, atol=2e-3)
+        assert not torch.equal(half, single)
+
+
+class Overflow(nn.Module):
+    """Lets everything through but makes the gradient infinite in the passes of `bad`, counted from 0."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.bad, self.passes = bad, 0
+
+    def forward(self, x):
+        if self.passes in self.bad:
+            x.register_hook(lambda gradient: gradient * math.inf)
+        self.passes += 1
+        return x
+
+
+class Recording(Dense):
+    def __init__(self):
+        self.calls = []
+
+    def before_forward(self, step):
+        self.calls.append(("before", step))
+
+    def after_backward(self, step):
+        self.calls.append(("backward", step))
+        return True
+
+    def after_step(self, step):
+        self.calls.append(("after", step))
+
+
+def test_a_step_whose_fp16_gradients_overflow_is_skipped_whole(tiny, tmp_path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), Overflow({3, 4}), nn.Linear(8, 4))
+    trainer = tiny.trainer(tmp_path, tiny.settings(steps=4, accumulate=2, precision="fp16", clip_norm=1.0), model=model)
+    weights = []
+    inner = trainer.advance
+
+    def advance(*arguments):
+        loss = inner(*arguments)
+        weights.append(model[1].weight.detach().clone())
+        return loss
+
+    trainer.advance = advance
+    recording = Recording()
+    history = trainer.fit(recording)
+    expected = [("before", 0), ("backward", 0), ("after", 0)]
+    expected += [("before", 1), ("after", 1), ("before", 2), ("after", 2)]
+    assert recording.calls == [*expected, ("before", 3), ("backward", 3), ("after", 3)]
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[2])
+    assert not torch.equal(weights[2], weights[3])
+    assert history.steps == 4
+    assert history.notes == ("train: fp16: gradients overflowed in 2 steps, which were skipped",)
+    assert trainer._scale.state_dict()["scaler"]["scale"] == 65536 / 4
+
+
+def test_gradients_that_always_overflow_are_divergence(tiny, tmp_path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), Overflow(set(range(1000))))
+    trainer = tiny.trainer(tmp_path, tiny.settings(steps=100, precision="fp16"), model=model)
+    with pytest.raises(Diverged, match="overflow fp16 at any loss scale at step 26 of 100"):
+        trainer.fit(Dense())
+
+
+def test_updaters_see_the_accumulated_gradient_of_all_slices_once(tiny, tmp_path):
+    recording = Recording()
+    tiny.trainer(tmp_path, tiny.settings(steps=2, accumulate=3)).fit(recording)
+    assert [call for call in recording.calls if call[0] == "backward"] == [("backward", 0), ("backward", 1)]
+
+
+def test_a_teacher_has_the_last_word_on_the_loss(tiny, tmp_path):
+    seen = []
+
+    class Teacher:
+        def loss(self, own, outputs, batch):
+            seen.append((own.item(), outputs["output"].dtype, batch["input"].shape))
+            return own * 0.0 + outputs["output"].square().mean()
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    expected = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    expected.load_state_dict(model.state_dict())
+    settings = tiny.settings(steps=1, precision="bf16")
+    trainer = tiny.trainer(tmp_path, settings, model=model, distillation=Teacher())
+    probe = Probe(trainer)
+    trainer.fit(probe)
+    assert [entry[1:] for entry in seen] == [(torch.float32, (8, 1, 8, 8))]
+    batch = Batches(tiny.images(), seed=7, batch_size=8).batch(0)
+    expected(batch["input"]).square().mean().backward()
+    for own, parameter in zip(probe.gradients[0], expected.parameters(), strict=True):
+        assert torch.allclose(own, parameter.grad, atol=1e-2)
+
+
+def test_a_fit_can_start_later_at_a_rate_of_its_own_and_be_measured(tiny, tmp_path):
+    trainer = tiny.trainer(tmp_path, evaluate=lambda: {"accuracy": 0.5})
+    probe = Probe(trainer)
+    assert trainer.fit(probe, "one").metrics == {}
+    history = trainer.fit(probe, "two", start=9, constant_rate=0.003, measured=True)
+    assert (history.steps, history.start, history.metrics) == (3, 9, {"accuracy": 0.5})
+    assert [step for step, _ in history.losses] == [10, 11, 12]
+    assert probe.rates[12:] == [[0.003, 0.003]] * 3
+    assert [fit.label for fit in trainer.fits] == ["one", "two"]
+    assert trainer.history.steps == 15
+
+
 def test_weight_decay_spares_biases_and_normalisation(tiny):
     optimizer = build_optimizer(tiny.network(), Optimizer(weight_decay=0.1))
     decayed, spared = optimizer.param_groups

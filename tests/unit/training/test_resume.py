@@ -72,7 +72,7 @@ def same(tiny, one, other):
 
 @pytest.mark.parametrize("method", ["dense", "static", "rigl"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize(("accumulate", "precision"), [(1, "fp32"), (3, "fp32"), (2, "bf16")])
+@pytest.mark.parametrize(("accumulate", "precision"), [(1, "fp32"), (3, "fp32"), (2, "bf16"), (2, "fp16")])
 def test_resuming_is_bit_exact(tiny, tmp_path, method, optimizer, accumulate, precision):
     settings = tiny.settings(
         steps=14, optimizer=OPTIMIZERS[optimizer], accumulate=accumulate, precision=precision, clip_norm=1.0
@@ -267,3 +267,46 @@ def test_a_folder_that_cannot_be_written_is_an_environment_problem(tmp_path):
 def test_a_label_that_is_no_file_name_is_our_bug(tiny, tmp_path):
     with pytest.raises(ValueError, match="label"):
         tiny.trainer(tmp_path).fit(Dense(), "../escape")
+
+
+def test_the_loss_scale_and_its_skipped_steps_go_on_too(tiny, tmp_path):
+    """The scale starts too high and grows again every other step; there is a stop after each."""
+    settings = tiny.settings(steps=10, precision="fp16")
+
+    def chain(folder, stop_after=None):
+        stop = StopAfter(stop_after) if stop_after else lambda: False
+        trainer = tiny.trainer(folder, settings, context=Context(stop_requested=stop))
+        trainer._scale._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=2)
+        try:
+            trainer.fit(HoldMask(trainer.model, trainer.optimizer, tiny.mask()))
+        except Interrupted:
+            return None
+        return trainer
+
+    whole = chain(tmp_path / "whole")
+    skipped = whole._scale.skipped
+    assert 1 < skipped < 9
+    assert whole.history.notes == (f"train: fp16: gradients overflowed in {skipped} steps, which were skipped",)
+    while (resumed := chain(tmp_path / "cut", stop_after=1)) is None:
+        pass
+    assert tiny.differing(tiny.state(whole), tiny.state(resumed)) == []
+    assert resumed.history.notes == whole.history.notes
+    assert resumed._scale.state_dict() == whole._scale.state_dict()
+
+
+def test_the_seconds_of_interrupted_parts_add_up(tiny, tmp_path, monkeypatch):
+    from sparsify_deploy.training import history
+
+    clock = iter(range(1000))
+    monkeypatch.setattr(history, "time", type("Time", (), {
+        "monotonic": staticmethod(lambda: float(next(clock))), "process_time": staticmethod(lambda: 0.5),
+    }))  # fmt: skip
+    settings = tiny.settings(steps=4)
+    parts = []
+    for _ in range(3):
+        run(tiny, tmp_path, settings, "dense", stop_after=1)
+        parts.append(checkpoint.read(tmp_path / "train.checkpoint")["fit"]["train_s"])
+    assert parts[0] < parts[1] < parts[2]
+    _, _, done, _ = run(tiny, tmp_path, settings, "dense")
+    assert done.train_s == parts[2] + (parts[0] if parts[1] == 2 * parts[0] else 1.0)
+    assert done.cpu_s == 0.0

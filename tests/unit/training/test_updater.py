@@ -10,7 +10,10 @@ from torch import nn
 
 from sparsify_deploy.errors import Diverged, ModelError, UsageError
 from sparsify_deploy.sparsity.mask import Mask
-from sparsify_deploy.training.methods import dense, rigl, static
+from sparsify_deploy.training.methods import dense, gradual, rigl, snfs, static
+from sparsify_deploy.training.methods import set as set_
+from sparsify_deploy.training.methods._held import MovingMask
+from sparsify_deploy.training.methods._rewiring import replaced
 from sparsify_deploy.training.optimizer import build_optimizer, slots
 from sparsify_deploy.training.settings import Optimizer, Schedule
 from sparsify_deploy.training.updater import HoldMask
@@ -90,13 +93,15 @@ def test_a_mask_of_another_model_is_a_model_error(tiny, tmp_path):
             HoldMask(trainer.model, trainer.optimizer, Mask({k: v.bool() for k, v in wrong.items()}))
 
 
-@pytest.mark.parametrize("method", [static, rigl])
+@pytest.mark.parametrize("method", [static, rigl, set_, snfs])
 def test_sparse_methods_ask_for_a_mask_and_dense_refuses_one(tiny, tmp_path, method):
     trainer = tiny.trainer(tmp_path)
     with pytest.raises(UsageError, match="init"):
         method.train(trainer, None, method.Params())
     with pytest.raises(UsageError, match="takes no mask"):
         dense.train(trainer, tiny.mask(), dense.Params())
+    with pytest.raises(UsageError, match="takes no mask"):
+        gradual.train(trainer, tiny.mask(), gradual.Params(), 0.5)
 
 
 def test_static_returns_the_mask_it_held(tiny, tmp_path):
@@ -124,14 +129,17 @@ SLOT = torch.tensor([[10.0, 11.0, 12.0, 13.0, 14.0, 15.0, 16.0, 17.0]])
 SLOT_AFTER = torch.tensor([[10.0, 11.0, 0, 13.0, 0, 0, 0, 17.0]])
 
 
-def one_update(optimizer_settings, slot_names):
+def one_update(optimizer_settings, slot_names, holder=MovingMask):
     model = nn.Linear(8, 1)
     with torch.no_grad():
         model.weight.copy_(WEIGHT)
     optimizer = build_optimizer(model, optimizer_settings)
-    held = HoldMask(model, optimizer, Mask({"weight": KEPT}))
-    # Set after holding, so that also the slots of pruned weights hold something that must be reset.
-    optimizer.state[model.weight] = {"step": torch.tensor(41.0), **{name: SLOT.clone() for name in slot_names}}
+    held = holder(model, optimizer, Mask({"weight": KEPT}))
+    # Set after holding, so that also the slots of weights about to grow hold something that must be reset; what
+    # stays pruned (4, 6) holds nothing in a run.
+    slot = SLOT.clone()
+    slot[0, [4, 6]] = 0.0
+    optimizer.state[model.weight] = {"step": torch.tensor(41.0), **{name: slot.clone() for name in slot_names}}
     model.weight.grad = GRADIENT.clone()
     updater = rigl.RigL(held, rigl.Params(update_every=10, drop_fraction=0.5, end_fraction=1.0), 100)
     return model, optimizer, updater
@@ -146,8 +154,9 @@ def one_update(optimizer_settings, slot_names):
     ],
     ids=["sgd", "adam", "adamw"],
 )
-def test_one_update_by_hand(settings, slot_names):
-    model, optimizer, updater = one_update(settings, slot_names)
+@pytest.mark.parametrize("holder", [HoldMask, MovingMask])
+def test_one_update_by_hand(settings, slot_names, holder):
+    model, optimizer, updater = one_update(settings, slot_names, holder)
     assert updater.after_backward(10) is False
     assert torch.equal(updater.mask["weight"], AFTER)
     assert torch.equal(model.weight, WEIGHT_AFTER)
@@ -182,7 +191,7 @@ def test_a_dense_layer_stays_dense():
 def test_a_just_grown_zero_is_not_taken_for_a_pruned_weight():
     weight = torch.tensor([0.0, 0.0, 0.0, 4.0])
     mask = torch.tensor([False, False, True, True])
-    assert rigl.rewire(weight, mask, torch.tensor([1.0, 0, 0, 0]), 0).tolist() == [False, False, True, True]
+    assert replaced(weight, mask, torch.tensor([1.0, 0, 0, 0]), 0.0, None).tolist() == [False, False, True, True]
 
 
 def test_a_gradient_that_is_not_finite_is_divergence():

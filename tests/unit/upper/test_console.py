@@ -17,7 +17,7 @@ from sparsify_deploy.doctor import Finding
 from sparsify_deploy.pipeline import Status
 from sparsify_deploy.plan import plan
 from sparsify_deploy.recipe import Recipe
-from sparsify_deploy.reports import RunReport
+from sparsify_deploy.reports import LayerSensitivity, RunReport, Score, SensitivityReport
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.project_nm import LayerForecast
 from sparsify_deploy.tables import Table, tables
@@ -181,6 +181,8 @@ def test_the_other_results_print_as_text_and_as_json(
         "pattern_possible": True,
         "reason": "r",
     }
+    row = LayerSensitivity("fc[1]", "fc.weight", (8, 16), Score(0.5, 0.25, 1.0), 1, "", None, "[why]")
+    alone = SensitivityReport("accuracy", "higher", "train", 40, "2:4", 0.75, 0.5, None, None, "[why]", (row,))
     look = {"file": "m.onnx", "runtime": None, "metadata": None, "pattern": "2:4", "layers": [layer]}
     engine = {"file": "m.xml", "runtime": "openvino", "metadata": {"version": "[1]"}, "layers": None}
     calls: list[tuple[Callable[..., None], Any, str]] = [
@@ -188,6 +190,8 @@ def test_the_other_results_print_as_text_and_as_json(
         (console.diagnosis, [Finding("torch", "missing", "[d]", "do x")], "missing torch  [d]: do x"),
         (console.built, Built(Path("a [b].xml"), notes), "a [b].xml: openvino 1.0, 1.2 s, [label]"),
         (console.raced, [race({"a[b].onnx": 2.0, "c": 1.0})], "2.00x [1.98, 2.02] faster"),
+        (console.sensitivity, alone, "1     fc[1]  8x16   0.5000               +0.2500 / +1.0000"),
+        (console.sensitivity, alone, "INT8 was not measured: [why]."),
         (console.inspected, look, "1 of 1 layers hold 2:4 in their final values"),
         (console.inspected, engine, "  version: [1]"),
     ]
@@ -200,6 +204,17 @@ def test_the_other_results_print_as_text_and_as_json(
     assert capsys.readouterr().out == "r.yaml: valid\n"
     console.validated(Path("r.yaml"), recipe(), as_json=True)
     assert as_json(capsys) == {"recipe": "r.yaml", "name": "full", "valid": True}
+
+
+def test_each_verb_of_the_help_fits_in_80_columns(capsys: Capture) -> None:
+    from sparsify_deploy.__main__ import main
+
+    for verb in ((), ("run",), ("sensitivity",), ("plan",), ("bench",)):
+        assert main([*verb, "--help"]) == 0
+        assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines()), verb
+    assert main(["--help"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  sensitivity ")]
+    assert line.endswith("."), "its summary is cut off"
 
 
 def test_the_bars_of_a_terminal_take_any_text(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,7 +186,20 @@ def test_help_and_version_are_no_errors(capsys: Capture) -> None:
     assert capsys.readouterr().out == f"sparsify-deploy {__version__}\n"
     assert main(["version"]) == 0
     assert capsys.readouterr().out == f"sparsify-deploy {__version__}\n"
-    for verb in ("run", "validate", "plan", "status", "explain", "report", "list", "build", "bench", "inspect"):
+    verbs = (
+        "run",
+        "validate",
+        "plan",
+        "status",
+        "explain",
+        "sensitivity",
+        "report",
+        "list",
+        "build",
+        "bench",
+        "inspect",
+    )
+    for verb in verbs:
         assert main([verb, "--help"]) == 0
         assert verb in capsys.readouterr().out
 

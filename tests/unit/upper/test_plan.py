@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -249,3 +250,52 @@ def test_a_name_selects_a_step_its_stage_or_its_step_in_both_branches(recipe: Ma
     assert found.select("build_engine") == ("dense/build_engine.openvino", "sparse/build_engine.openvino")
     assert len(found.select("measure")) == 6
     assert found.select("trian") == ()
+
+
+def takes_teacher(found: Plan) -> dict[str, str]:
+    return {step.id: wires(found, step.id)["teacher"] for step in found.steps if "teacher" in step.inputs}
+
+
+def test_the_dense_baseline_teaches_the_fine_tuning_and_qat_of_both_branches(recipe: Make) -> None:
+    found = plan(recipe(distillation={}))
+    assert ids(found) == ids(plan(recipe()))
+    assert takes_teacher(found) == dict.fromkeys(
+        ("dense/fine_tune", "dense/quantize", "sparse/project_nm", "sparse/quantize"), "dense/train:weights"
+    )
+    assert wires(found, "sparse/quantize")["weights"] == "sparse/project_nm:weights"
+    by_id = {step.id: canonical(step.stage) for step in found.steps}
+    assert by_id["dense/quantize"] == by_id["sparse/quantize"]
+    assert by_id["dense/fine_tune"]["distillation"] == by_id["sparse/project_nm"]["distillation"]
+
+
+def test_only_the_phases_a_recipe_names_have_a_teacher(recipe: Make) -> None:
+    plain = {step.id: canonical(step.stage) for step in plan(recipe()).steps}
+    for phase, taught in (("fine_tune", {"dense/fine_tune", "sparse/project_nm"}), ("qat", {"dense/quantize"})):
+        found = plan(recipe(distillation={"phases": [phase]}))
+        assert set(takes_teacher(found)) >= taught
+        others = {s.id: canonical(s.stage) for s in found.steps if s.id not in takes_teacher(found)}
+        assert others == {step: plain[step] for step in others}
+
+
+def test_a_named_teacher_is_a_file_and_no_input(recipe: Make, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher.safetensors"
+    found = plan(recipe(distillation={"teacher": str(teacher)}))
+    assert takes_teacher(found) == {}
+    taught = {s.id for s in found.steps if s.stage.files().get("distillation.teacher") == teacher}
+    assert taught == {"dense/fine_tune", "dense/quantize", "sparse/project_nm", "sparse/quantize"}
+
+
+def test_without_training_the_networks_own_start_teaches_and_no_step_is_wired(recipe: Make) -> None:
+    route = {**SHORT, "nm": {"fine_tune": {"steps": 6}}, "distillation": {"phases": ["fine_tune"]}}
+    for dense_branch in (True, False):
+        found = plan(recipe(**route, dense_branch=dense_branch))
+        assert takes_teacher(found) == {}
+        (stage,) = [step.stage for step in found.steps if step.id == "sparse/project_nm"]
+        assert stage.inputs == ("weights", "mask", "teacher")
+
+
+def test_the_patterns_on_the_way_are_one_step_and_the_twin_takes_as_many_optimizer_steps(recipe: Make) -> None:
+    found = plan(recipe(nm={"via": ["4:8"], "fine_tune": {"steps": 6}}))
+    assert ids(found) == ids(plan(recipe()))
+    by_id = {step.id: step.stage for step in found.steps}
+    assert by_id["sparse/project_nm"].training == by_id["dense/fine_tune"].fit.training

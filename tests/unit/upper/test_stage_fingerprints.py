@@ -160,7 +160,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def entry(which: str, name: str) -> Any:
         if name in menu.names(which):
             return real(which, name)
-        return SimpleNamespace(VERSION=1, files=lambda params: {}, NEEDS_MASK=True, NEEDS_SPARSITY=False, LEAVES_MASK=True, SUFFIX=".x")
+        method = {"NEEDS_MASK": True, "NEEDS_SPARSITY": False, "LEAVES_MASK": True}
+        return SimpleNamespace(VERSION=1, files=lambda params: {}, SUFFIX=".x", **method)
 
     monkeypatch.setattr(menu, "entry", entry)
     monkeypatch.setattr(pipeline, "fact", lambda name: f"{name} 1")
@@ -241,7 +242,7 @@ def _runs(cls: type) -> bool:
 
 
 def test_the_recipe_with_every_section_reaches_every_stage_class(recipe: Make) -> None:
-    reached = {type(step.stage) for step in plan(recipe()).steps}
+    reached = {type(step.stage) for step in plan(recipe(), sensitivity=True).steps}
     assert reached == stage_classes()
 
 
@@ -278,7 +279,7 @@ def check_leaves(steps: tuple[PlannedStep, ...], prints: Prints, folder: Path, o
 def test_every_leaf_of_every_stages_settings_changes_its_fingerprint(
     recipe: Make, prints: Prints, tmp_path: Path
 ) -> None:
-    assert len(check_leaves(plan(recipe()).steps, prints, tmp_path)) > 500
+    assert len(check_leaves(plan(recipe(), sensitivity=True).steps, prints, tmp_path)) > 500
 
 
 @pytest.mark.parametrize(("which", "name"), [pytest.param(*entry, id="-".join(entry)) for entry in ENTRIES])

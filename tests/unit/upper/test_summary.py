@@ -16,7 +16,17 @@ from sparsify_deploy.errors import DataError
 from sparsify_deploy.pipeline import Outcome
 from sparsify_deploy.plan import Plan, plan
 from sparsify_deploy.recipe import Recipe
-from sparsify_deploy.reports import BenchmarkReport, Gate, Row, RunReport, dump
+from sparsify_deploy.reports import (
+    BenchmarkReport,
+    Gate,
+    LayerSensitivity,
+    Level,
+    Row,
+    RunReport,
+    Score,
+    SensitivityReport,
+    dump,
+)
 from sparsify_deploy.summary import publish, summarise
 from sparsify_deploy.timing import Race
 from sparsify_deploy.workspace import exit_code, read_report
@@ -123,6 +133,95 @@ def test_what_was_left_out_is_noted_with_its_reason(recipe: Make, outcomes: Call
         "sparse/project_nm: b not projected: C_in 3",
         "sparse/quantize: fc not quantised: kept float",
         "sparse/build_engine.openvino: not run here: no GPU",
+    )
+
+
+def test_the_sensitivity_of_the_layers_is_in_the_report_where_it_was_measured(
+    recipe: Make, outcomes: Callable[..., list[Outcome]]
+) -> None:
+    asked = plan(recipe(), sensitivity=True)
+    made = outcomes(asked)
+    (step,) = [o for o in made if o.step.stage.name == "sensitivity"]
+    row = LayerSensitivity("fc", "fc.weight", (8, 16), Score(0.5, 0.25, 1.0), 1, "", None, "why")
+    found = SensitivityReport("accuracy", "higher", "train", 40, "2:4", 0.75, 0.5, None, None, "why", (row,))
+    step.record.outputs["sensitivity"].write_text(dump(found))
+    assert summarise(asked, made, None).sensitivity == found
+    assert summarise(asked, [o for o in made if o is not step], None).sensitivity is None
+
+
+def test_what_permuting_won_is_noted_with_the_layers_it_left(
+    recipe: Make, outcomes: Callable[..., list[Outcome]]
+) -> None:
+    found = plan(recipe())
+    rows = [
+        {"layer": "a", "permuted": True, "reason": ""},
+        {"layer": "b", "permuted": False, "reason": "its input is read by a view"},
+    ]
+    won = {"permuted": 1, "whole": 200.0, "kept_before": 150.0, "kept_after": 155.5, "max_difference": 2e-15}
+    facts = {"pattern": "2:4", "permutation": {**won, "layers": rows, "groups": []}}
+    assert summarise(found, outcomes(found, facts={"sparse/project_nm": facts}), None).notes == (
+        "sparse/project_nm: channels of 1 of 2 layers permuted: 2:4 keeps 77.75% of their L1 magnitude, without "
+        "75.00%; outputs differ by 2.0e-15 in float64",
+        "sparse/project_nm: b not permuted: its input is read by a view",
+    )
+
+
+LEVELS = [
+    {"label": "train.level-0", "density": 1.0, "metrics": {"accuracy": 0.9}, "start": 0, "steps": 12, "train_s": 2.5},
+    {"label": "train.level-1", "density": 0.8, "metrics": {"accuracy": 0.8}, "start": 3, "steps": 9, "train_s": 1.5},
+]
+
+
+def test_the_levels_of_a_step_that_trains_several_times_are_in_the_report(
+    recipe: Make, outcomes: Callable[..., list[Outcome]]
+) -> None:
+    found = plan(recipe())
+    cost = {"relative_training_flops": 1.6, "train_s": 4.25, "cpu_s": 4.0}
+    facts = {"sparse/train": {"history": {"steps": 21, "levels": LEVELS}, "cost": cost}}
+    report = summarise(found, outcomes(found, facts=facts), None)
+    assert report.levels == (
+        Level("sparse/train", 0, 1.0, {"accuracy": 0.9}, 0, 12, 2.5),
+        Level("sparse/train", 1, 0.8, {"accuracy": 0.8}, 3, 9, 1.5),
+    )
+    (trained,) = [r for r in report.rows if r.label == "sparse FP32"]
+    assert (trained.optimizer_steps, trained.flops, trained.train_s) == (21, 1.6, 4.25)
+
+
+def test_a_layer_that_training_emptied_is_named_in_the_notes_and_in_the_verdict(
+    recipe: Make, outcomes: Callable[..., list[Outcome]]
+) -> None:
+    found = plan(recipe())
+    before = {"conv1.weight": 0.5, "fc.weight": 0.5, "gone.weight": 0.0}
+    first = {"step": 3, "densities": {**before, "conv1.weight": 0.0}}
+    last = {"step": 6, "densities": {**before, "fc.weight": 0.0}}
+    history = {"steps": 12, "densities": before, "updates": [first, last]}
+    report = summarise(found, outcomes(found, facts={"sparse/train": {"history": history}}), None)
+    assert report.notes == ("sparse/train: layer collapse, no weight is left in fc",)
+    assert "fc" in report.verdict
+    history["updates"] = [first, {**last, "densities": before}]
+    assert summarise(found, outcomes(found, facts={"sparse/train": {"history": history}}), None).notes == ()
+
+
+def test_a_teacher_a_pattern_that_does_not_fit_and_a_fits_own_words_are_noted(
+    recipe: Make, outcomes: Callable[..., list[Outcome]]
+) -> None:
+    found = plan(recipe())
+    taught = {"temperature": 4.0, "weight": 0.9, "features": [], "relative_flops": 1 / 3}
+    facts = {
+        "sparse/init_mask": {"no_pattern": {"conv1": "C_in 1 is not a multiple of 4"}},
+        "sparse/project_nm": {"distillation": taught},
+        "sparse/quantize": {
+            "distillation": {**taught, "features": ["layer1", "layer2"]},
+            "history": {"steps": 4, "notes": ["fp16: gradients overflowed"]},
+        },
+    }
+    assert summarise(found, outcomes(found, facts=facts), None).notes == (
+        "sparse/init_mask: conv1 stays dense: C_in 1 is not a multiple of 4",
+        "sparse/project_nm: distilled from a dense teacher by logits, temperature 4, weight 0.9; its forward pass adds "
+        "33% of a dense step, which the FLOPs leave out",
+        "sparse/quantize: distilled from a dense teacher by the features of layer1, layer2, temperature 4, weight 0.9; "
+        "its forward pass adds 33% of a dense step, which the FLOPs leave out",
+        "sparse/quantize: fp16: gradients overflowed",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,20 @@ from pathlib import Path
 import pytest
 
 from sparsify_deploy.errors import CorruptArtifact
-from sparsify_deploy.reports import Gate, Row, RunReport, StepRow, dump, load
-from sparsify_deploy.tables import Table, kib, markdown, race_table, tables, waterfall
+from sparsify_deploy.reports import (
+    Gate,
+    LayerSensitivity,
+    Level,
+    Row,
+    RunReport,
+    Score,
+    SensitivityReport,
+    StepRow,
+    dump,
+    load,
+    to_json,
+)
+from sparsify_deploy.tables import Table, advice, kib, levels, markdown, race_table, sensitivity, tables, waterfall
 from sparsify_deploy.timing import Race
 
 
@@ -153,3 +166,112 @@ def test_sparsity_weighs_layers_by_their_weights(row: Callable[..., Row]) -> Non
     assert model.usable_sparsity == pytest.approx(0.5 * 3 / 4)
     assert model.bytes_compressed == 23140
     assert dataclasses.replace(model, layers=()).sparsity == 0.0
+
+
+def lost(layer: str, rank: int | None, projected: float | None, quantized: float | None = 0.0) -> LayerSensitivity:
+    """A layer that loses so much of the metric, and ten times as much in loss, projected and quantised."""
+    scores = [None if d is None else Score(0.9 - d, d, 10 * d) for d in (projected, quantized)]
+    return LayerSensitivity(layer, f"{layer}.weight", (8, 16), scores[0], rank, "a|reason", scores[1], "rule")
+
+
+@pytest.fixture
+def measured() -> SensitivityReport:
+    """Four layers in module order: one that is not projected, the second worst, the worst, one that loses nothing."""
+    layers = (lost("a", None, None, 0.3), lost("b", 2, 0.1), lost("c", 1, 0.25, 0.4), lost("d", 3, 0.0, None))
+    whole = Score(0.5, 0.4, 1.0)
+    return SensitivityReport("accuracy", "higher", "train", 40, "2:4", 0.9, 0.5, 0.875, whole, "", layers)
+
+
+def test_layers_are_shown_worst_first_with_both_losses(measured: SensitivityReport) -> None:
+    table = sensitivity(measured)
+    assert [row[:3] for row in table.rows] == [
+        ("1", "c", "8x16"),
+        ("2", "b", "8x16"),
+        ("3", "d", "8x16"),
+        ("-", "a", "8x16"),
+    ]
+    assert cells(table, "1") == {
+        "rank": "1",
+        "layer": "c",
+        "shape": "8x16",
+        "accuracy, 2:4 alone": "0.6500",
+        "drop / loss up": "+0.2500 / +2.5000",
+        "accuracy, INT8 alone": "0.5000",
+        "INT8 drop / loss up": "+0.4000 / +4.0000",
+        "note": "",
+    }
+    assert table.rows[-1][3:5] == ("-", "-")
+    assert table.rows[-1][-1] == "not projected: a|reason"
+    assert table.rows[2][5:7] == ("-", "-")
+    for text in (
+        "accuracy 0.9000",
+        "40 train examples without augmentation",
+        "no refill",
+        "(0.8750)",
+        "at once: 0.5000",
+    ):
+        assert text in table.how
+    assert table.how.endswith(" ".join(advice(measured)))
+
+
+def test_advice_names_the_layers_that_lose_and_no_others(measured: SensitivityReport) -> None:
+    assert advice(measured)[:2] == (
+        "To keep the worst dense: nm.keep_worst_dense: 2, or nm.keep_dense: [c, b].",
+        "To keep the worst in float: quantize.keep_float: [c, a].",
+    )
+    assert advice(measured, most=1)[0] == "To keep the worst dense: nm.keep_worst_dense: 1, or nm.keep_dense: [c]."
+    calm = dataclasses.replace(measured, layers=(lost("b", 2, -0.1), lost("c", 1, 0.0)))
+    assert advice(calm)[:2] == (
+        "No layer alone loses by projection, so none asks to be kept dense.",
+        "No layer alone loses by INT8.",
+    )
+    # One example more or less that leaves the loss where it was is no reason to keep a layer dense.
+    noise = dataclasses.replace(calm.layers[1], projected=Score(0.899, 0.001, 0.004))
+    assert "nm.keep_worst_dense" not in str(advice(dataclasses.replace(calm, layers=(noise,))))
+
+
+def test_a_network_without_int8_says_why_in_the_place_of_its_numbers(measured: SensitivityReport) -> None:
+    layers = tuple(dataclasses.replace(row, quantized=None) for row in measured.layers)
+    none = dataclasses.replace(
+        measured, int8_all=None, baseline_float=None, not_quantized="cannot be traced", layers=layers
+    )
+    table = sensitivity(none)
+    assert "INT8 was not measured: cannot be traced." in table.how
+    assert "None" not in str(table)
+    assert "quantize.keep_float" not in table.how
+
+
+def test_a_report_with_a_sensitivity_has_its_table_and_survives_json(
+    report: RunReport, measured: SensitivityReport, tmp_path: Path
+) -> None:
+    assert "Sensitivity of the layers" not in [table.title for table in tables(report)]
+    whole = dataclasses.replace(report, sensitivity=measured)
+    assert [table.title for table in tables(whole)][-2:] == ["Sensitivity of the layers", "Gates"]
+    assert "not projected: a\\|reason" in markdown(whole)
+    path = tmp_path / "report.json"
+    path.write_text(dump(whole), encoding="utf-8")
+    assert load(RunReport, path) == whole
+    older = to_json(whole)
+    del older["sensitivity"]
+    path.write_text(json.dumps(older), encoding="utf-8")
+    assert load(RunReport, path) == report
+
+
+def test_levels_are_a_table_a_step_with_a_row_a_level(report: RunReport) -> None:
+    fits = (
+        Level("sparse/train", 0, 1.0, {"accuracy": 0.9}, 0, 12, 2.5),
+        Level("sparse/train", 1, 0.8, {"accuracy": 0.85}, 3, 9, 1.5),
+        Level("sparse/project_nm", 0, 0.5, {}, 0, 3, 0.25),
+    )
+    tickets, way = levels(dataclasses.replace(report, levels=fits))
+    assert tickets.title == "Levels of sparse/train"
+    assert tickets.rows == (("0", "1.0000", "0.9000", "0", "12", "2.5"), ("1", "0.8000", "0.8500", "3", "9", "1.5"))
+    assert way.rows == (("0", "0.5000", "-", "0", "3", "0.2"),)
+    assert levels(report) == ()
+    assert "Levels of sparse/train" in [t.title for t in tables(dataclasses.replace(report, levels=fits))]
+
+
+def test_the_waterfall_says_what_a_flop_is(report: RunReport) -> None:
+    how = waterfall(report).how
+    assert "FLOPs (2 x MACs" in how
+    assert "train s is the time it took" in how

@@ -1,0 +1,176 @@
+"""CPU time of the 2:4 projection of a ResNet-50-shaped model, against modelopt's in plain torch, one thread.
+
+The layers are the 53 convolutions and the classifier of torchvision's ResNet-50 (25.5 M weights), Gaussian. Three
+contestants take turns: `nm_mask` over every layer that modelopt's rule chooses, the same again (the A/A control,
+whose ratio shows the noise), and `modelopt.torch.sparsity.sparsify(model, mode="sparse_magnitude")` whole, on a copy
+made before its time is taken. The ratio is the median over rounds, with a bootstrap interval.
+
+Masks must be identical. modelopt compares the float32 sums of whole patterns, so two weights closer than the rounding
+of such a sum are a tie to it; a group may differ only there, only between weights that close, and is counted.
+
+    python benchmarks/projection.py [--rounds 5] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import importlib
+import io
+import json
+import random
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sparsify_deploy.graph.eligibility import rule_of_thumb
+from sparsify_deploy.sparsity.layers import prunable
+from sparsify_deploy.sparsity.nm import nm_mask
+
+
+def resnet50_layers() -> nn.ModuleList:
+    """The convolutions and the classifier, in torchvision's shapes and order; they are not connected."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, bias=False)]
+    channels = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            layers += [
+                nn.Conv2d(channels, width, 1, bias=False),
+                nn.Conv2d(width, width, 3, bias=False),
+                nn.Conv2d(width, 4 * width, 1, bias=False),
+            ]
+            if block == 0:
+                layers.append(nn.Conv2d(channels, 4 * width, 1, bias=False))
+            channels = 4 * width
+    layers.append(nn.Linear(channels, 1000))
+    for layer in layers:
+        nn.init.normal_(layer.weight)  # type: ignore[arg-type]  # these layers all have a tensor there
+    return nn.ModuleList(layers)
+
+
+def ours(model: nn.Module) -> dict[str, Tensor]:
+    """The 2:4 masks of the layers the rule of thumb chooses, by layer name."""
+    return {
+        layer.name: nm_mask(layer.weight, 2, 4)
+        for layer in prunable(model)
+        if rule_of_thumb(layer.shape, layer.groups, 4).ok
+    }
+
+
+def theirs(model: nn.Module) -> None:
+    """modelopt's own projection; `model` is converted."""
+    sparsity = importlib.import_module("modelopt.torch.sparsity")
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # it names every layer, and warns of those it leaves out
+        sparsity.sparsify(model, mode="sparse_magnitude")
+
+
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """The masks modelopt left in a converted model, by layer name."""
+    masks = {name: getattr(module, "_weight_mask", None) for name, module in model.named_modules()}
+    return {name: mask for name, mask in masks.items() if mask is not None and not bool(mask.all())}
+
+
+def in_groups(tensor: Tensor) -> Tensor:
+    """`(K, C, ...)` as rows of four consecutive input channels."""
+    return tensor.reshape(len(tensor), -1, 4, tensor[0, 0].numel()).movedim(2, -1).reshape(-1, 4)
+
+
+def compare(model: nn.Module) -> dict[str, int]:
+    """How many layers, groups and differing groups; stops where a difference is not a tie of float32 sums."""
+    weights = {layer.name: layer.weight.detach() for layer in prunable(model)}
+    converted = copy.deepcopy(model)
+    theirs(converted)
+    mine, other = ours(model), masks_of(converted)
+    if mine.keys() != other.keys():
+        raise SystemExit(f"other layers are chosen: {sorted(mine.keys() ^ other.keys())}")
+    groups = different = 0
+    for name, mask in mine.items():
+        first, second, magnitude = (in_groups(t) for t in (mask, other[name], weights[name].abs()))
+        groups += len(first)
+        odd = (first != second).any(1)
+        different += int(odd.sum())
+        kept = [magnitude[odd].masked_select(chosen[odd]).view(-1, 2) for chosen in (first, second)]
+        if not torch.equal(kept[0].sum(1), kept[1].sum(1)) or bool(
+            (kept[0].double().sum(1) < kept[1].double().sum(1)).any()
+        ):
+            raise SystemExit(f"the masks of {name} differ where it is no tie")
+    return {"layers": len(mine), "groups": groups, "groups_that_tie_in_float32": different}
+
+
+def cpu_ms(run: Callable[[nn.Module], object], model: nn.Module) -> float:
+    """CPU time of one call."""
+    start = time.process_time()
+    run(model)
+    return (time.process_time() - start) * 1e3
+
+
+def race(model: nn.Module, rounds: int) -> list[list[float]]:
+    """Milliseconds of CPU time: one row a round, columns ours, ours again, modelopt; the order rotates."""
+    contestants = (ours, ours, theirs)
+    for run in contestants:
+        run(copy.deepcopy(model))
+    rows = []
+    for number in range(rounds):
+        row = [0.0] * len(contestants)
+        for k in range(len(contestants)):
+            turn = (number + k) % len(contestants)
+            row[turn] = cpu_ms(contestants[turn], copy.deepcopy(model))
+        rows.append(row)
+    return rows
+
+
+def median_ratio(rows: Sequence[Sequence[float]], over: int, under: int) -> dict[str, float]:
+    """The median over rounds of column `over` / column `under`, with a 95 % bootstrap interval."""
+    ratios = [row[over] / row[under] for row in rows]
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return {"median": statistics.median(ratios), "low": medians[50], "high": medians[1949]}
+
+
+def main() -> int:
+    """Run the benchmark and print it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    model = resnet50_layers()
+    same = compare(model)
+    rows = race(model, asked.rounds)
+    report = {
+        "model": "layers of ResNet-50",
+        "weights": sum(layer.weight.numel() for layer in prunable(model)),
+        "rounds": asked.rounds,
+        **same,
+        "ours_ms": statistics.median(row[0] for row in rows),
+        "modelopt_ms": statistics.median(row[2] for row in rows),
+        "control": median_ratio(rows, 1, 0),
+        "modelopt_over_ours": median_ratio(rows, 2, 0),
+        "torch": str(torch.__version__),
+        "cpu_instruction_set": torch.backends.cpu.get_cpu_capability(),
+    }
+    if asked.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    print(f"nm_mask             {report['ours_ms']:.0f} ms CPU, {report['weights'] / 1e6:.1f} M weights, one thread")
+    print(f"modelopt sparsify   {report['modelopt_ms']:.0f} ms CPU")
+    for label, key in (("ours / ours (A/A)", "control"), ("modelopt / ours", "modelopt_over_ours")):
+        ratio = report[key]
+        print(f"{label:<19} {ratio['median']:.3f}  [{ratio['low']:.3f}, {ratio['high']:.3f}]")
+    ties = same["groups_that_tie_in_float32"]
+    print(
+        f"masks               identical in {same['layers']} layers, but for {ties} of {same['groups']} groups that tie"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
