@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from sparsify_deploy.sparsity.allocation import erk
 from sparsify_deploy.sparsity.mask import Mask
 from sparsify_deploy.training.methods import rigl
-from sparsify_deploy.training.methods._held import MovingMask
-from sparsify_deploy.training.optimizer import build_optimizer
+from sparsify_deploy.training.optimizer import build_optimizer, slots
 from sparsify_deploy.training.settings import Optimizer
 from sparsify_deploy.training.updater import HoldMask
 
@@ -84,10 +83,9 @@ def contestant(mask: Mask, *, sorting: bool) -> Contestant:
     """The package's own updater, or the sorting one."""
     model = nn.ParameterDict({name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes().items()})
     optimizer = build_optimizer(model, Optimizer())
+    held = HoldMask(model, optimizer, mask)
     if sorting:
-        held = HoldMask(model, optimizer, mask)
-        return Contestant(model, optimizer, held, lambda: sorted_update(held))
-    held = MovingMask(model, optimizer, mask)
+        return Contestant(model, optimizer, held, lambda: sorted_update(held, optimizer))
 
     def update() -> Mask:
         updater = rigl.RigL(held, PARAMS, TOTAL)
@@ -97,7 +95,7 @@ def contestant(mask: Mask, *, sorting: bool) -> Contestant:
     return Contestant(model, optimizer, held, update)
 
 
-def sorted_update(held: HoldMask) -> Mask:
+def sorted_update(held: HoldMask, optimizer: torch.optim.Optimizer) -> Mask:
     """RigL's rules written down plainly, with two stable sorts of the whole layer."""
     end = round(PARAMS.end_fraction * TOTAL)
     fraction = PARAMS.drop_fraction / 2 * (1 + math.cos(math.pi * STEP / end))
@@ -117,7 +115,12 @@ def sorted_update(held: HoldMask) -> Mask:
         order = gradient.abs().flatten().masked_fill(new, -1.0).argsort(descending=True, stable=True)
         new[order[:count]] = True
         layers[name] = new.view_as(mask)
-    held.rewire_to(held.mask.with_(layers))
+    moved = held.mask.with_(layers)
+    for name, parameter in held.parameters.items():
+        new = moved[name] & ~held.mask[name]
+        for tensor in (parameter.detach(), *slots(optimizer, parameter)):
+            tensor.masked_fill_(new, 0.0)
+    held.hold(moved)
     return held.mask
 
 

@@ -12,7 +12,8 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparsify_deploy.errors import ModelError
-from sparsify_deploy.quantization.tracing import WEIGHTED, called_modules, trace
+from sparsify_deploy.quantization.tracing import called_modules
+from sparsify_deploy.sparsity.tracing import WEIGHTED, trace
 
 _UNFOLDED = "unfolded_batchnorm"
 

@@ -14,7 +14,8 @@ from sparsify_deploy import menu
 from sparsify_deploy.errors import ModelError
 from sparsify_deploy.quantization.folding import unfolded
 from sparsify_deploy.quantization.placement import Row
-from sparsify_deploy.quantization.tracing import WEIGHTED, path_of
+from sparsify_deploy.quantization.tracing import path_of
+from sparsify_deploy.sparsity.tracing import WEIGHTED
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FUNCTIONS: tuple[Any, ...] = (

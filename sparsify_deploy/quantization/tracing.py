@@ -1,77 +1,8 @@
-"""A copy of a network as a torch.fx graph, with weighted layers and BatchNorms kept whole."""
+"""Where in a traced network modules are called and operations were written."""
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Callable
-from typing import Any
-
-from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-
-from sparsify_deploy.errors import ModelError
-
-CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-WEIGHTED: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.Linear)
-
-
-def trace(model: nn.Module) -> fx.GraphModule:
-    """A deep copy of `model` in eval mode, traced; parameter names and the module hierarchy are kept.
-
-    Arguments of `forward` that have a default are fixed to it. Modules that no path reaches are left out of the
-    copy. Functional dropout becomes what it is in eval mode, nothing.
-
-    Raises:
-        ModelError: the network cannot be copied or traced, naming the module and torch.fx's reason.
-    """
-    tracer = _Tracer()
-    try:
-        root = copy.deepcopy(model).eval()
-        graph = tracer.trace(root, concrete_args=_defaults(root))
-    except Exception as error:  # whatever the user's forward raises on a symbolic value
-        where = f" in {tracer.path!r}" if tracer.path else ""
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"{type(model).__name__} cannot be traced{where}: {reason}; "
-            "make its forward independent of tensor values and of types torch.fx does not know"
-        ) from error
-    _drop_fixed_arguments(graph)
-    return fx.GraphModule(root, graph, type(model).__name__)
-
-
-class _Tracer(fx.Tracer):
-    """Stops at weighted layers and BatchNorms of any class, so that subclasses outside torch.nn stay modules too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.path = ""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (*WEIGHTED, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        outer, self.path = self.path, self.path_of_module(m)
-        result = super().call_module(m, forward, args, kwargs)
-        self.path = outer  # not in a finally: after an error it names the innermost module
-        return result
-
-
-def _defaults(model: nn.Module) -> dict[str, Any]:
-    parameters = inspect.signature(model.forward).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-
-
-def _drop_fixed_arguments(graph: fx.Graph) -> None:
-    """Remove the placeholders of fixed arguments, and the checks torch.fx puts on them."""
-    for node in [n for n in graph.nodes if n.op == "placeholder" and n.args]:
-        users = list(node.users)
-        for user in users:
-            for check in [*user.users, user]:
-                graph.erase_node(check)
-        graph.erase_node(node)
+from torch import fx
 
 
 def called_modules(module: fx.GraphModule) -> dict[str, list[fx.Node]]:

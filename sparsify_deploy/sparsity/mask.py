@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -66,7 +67,7 @@ class Mask(Mapping[str, "Tensor"]):
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Parameter name to (kept, total) weights."""
-        return {name: (int(tensor.sum()), tensor.numel()) for name, tensor in self._tensors.items()}
+        return {name: (int(np.count_nonzero(tensor.numpy())), tensor.numel()) for name, tensor in self._tensors.items()}
 
     def densities(self) -> dict[str, float]:
         """Parameter name to the fraction kept."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -140,12 +141,23 @@ class HoldMask:
             self._reset_slots_(parameter, factor == 0)
 
     def rewire_to(self, mask: Mask) -> None:
-        """Hold another mask whose new weights start from nothing: value 0 and all their slots 0."""
-        for name, parameter in self.parameters.items():
-            new = (mask[name] & ~self._mask[name]).to(parameter.device)
-            parameter.detach().masked_fill_(new, 0.0)
-            self._reset_slots_(parameter, new)
-        self.hold(mask)
+        """Hold another mask of the same layers whose new weights start from nothing: value 0 and all slots 0.
+
+        Only weights that come or go are touched, a few per cent of a layer: what stays pruned is zero already.
+        """
+        for (name, parameter), (_, factor) in zip(self.parameters.items(), self._factors, strict=True):
+            new = mask[name]
+            # numpy finds positions in a mask several times faster than torch does
+            changed = torch.from_numpy(np.flatnonzero((new ^ self._mask[name]).numpy()))
+            if not len(changed):
+                continue
+            kept = new.view(-1).index_select(0, changed).to(factor.device, factor.dtype)
+            changed = changed.to(factor.device)
+            _fill_(parameter.detach(), changed, 0.0)
+            for slot in slots(self._optimizer, parameter):
+                _fill_(slot, changed, 0.0)
+            _fill_(factor, changed, kept)
+        self._mask = mask
 
     def _reset_slots_(self, parameter: nn.Parameter, where: Tensor) -> None:
         for slot in slots(self._optimizer, parameter):
@@ -171,3 +183,12 @@ class HoldMask:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.hold(Mask(state["mask"]))
+
+
+def _fill_(tensor: Tensor, index: Tensor, value: Tensor | float) -> None:
+    """Write `value` at the flat (row-major) `index` of `tensor`, whatever its memory format."""
+    # Not put_, which is one line: it has no deterministic form, and stages ask torch for those.
+    if tensor.is_contiguous():
+        tensor.view(-1)[index] = value
+    else:
+        tensor[torch.unravel_index(index, tensor.shape)] = value

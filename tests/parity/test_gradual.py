@@ -112,19 +112,19 @@ def test_masks_only_shrink_and_the_smallest_go(tmp_path):
 
 
 def _held(trainer):
-    from sparsify_deploy.training.methods._held import MovingMask
+    from sparsify_deploy.training.updater import HoldMask
 
     ones = {name: torch.ones_like(p).bool() for name, p in trainer.model.named_parameters() if p.ndim > 1}
-    return MovingMask(trainer.model, trainer.optimizer, Mask(ones))
+    return HoldMask(trainer.model, trainer.optimizer, Mask(ones))
 
 
 def test_a_pruned_weight_never_comes_back_among_kept_zeros():
     """Kept weights that happen to be 0 tie with pruned ones, which have the lower index."""
     model = nn.Linear(6, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    from sparsify_deploy.training.methods._held import MovingMask
+    from sparsify_deploy.training.updater import HoldMask
 
-    held = MovingMask(model, optimizer, Mask({"weight": torch.tensor([[0, 0, 1, 1, 1, 1]]).bool()}))
+    held = HoldMask(model, optimizer, Mask({"weight": torch.tensor([[0, 0, 1, 1, 1, 1]]).bool()}))
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[0, 0, 0.0, 0.0, 5.0, 0.0]]))
     updater = gradual.Gradual(held, gradual.Params(update_every=1, end_fraction=0.5), 4, 0.5)

@@ -8,10 +8,10 @@ from torch import nn
 
 from sparsify_deploy.sparsity.mask import Mask
 from sparsify_deploy.training.methods import set as set_
-from sparsify_deploy.training.methods._held import MovingMask
 from sparsify_deploy.training.methods._rewiring import replaced
 from sparsify_deploy.training.optimizer import build_optimizer
 from sparsify_deploy.training.settings import Optimizer
+from sparsify_deploy.training.updater import HoldMask
 
 
 def test_every_free_position_grows_equally_often():
@@ -49,7 +49,7 @@ def test_one_update_by_hand(anneal):
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[5.0, -1.0, 0, 2.0, 0, 0.5, 0, 3.0]]))
     optimizer = build_optimizer(model, Optimizer())
-    held = MovingMask(model, optimizer, Mask({"weight": kept}))
+    held = HoldMask(model, optimizer, Mask({"weight": kept}))
     optimizer.state[model.weight] = {"momentum_buffer": torch.full((1, 8), 9.0) * kept}
     model.weight.grad = torch.ones(1, 8)
     params = set_.Params(update_every=10, drop_fraction=0.5, end_fraction=1.0, anneal=anneal)

@@ -19,6 +19,9 @@ class DenseMomentum(HoldMask):
         super().hold(mask)
         self._pruned = [(p, ~mask[name].to(p.device)) for name, p in self.parameters.items()]
 
+    def rewire_to(self, mask: Mask) -> None:
+        self.hold(mask)  # a new weight is 0 already, and keeps the momentum that made it grow
+
     def _reset_slots_(self, parameter: nn.Parameter, where: Tensor) -> None:
         pass
 

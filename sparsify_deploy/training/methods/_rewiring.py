@@ -152,8 +152,8 @@ class Moving:
         old = self.mask
         changed = sum(kept(torch.gt(mask, old[name])) for name, mask in layers.items())
         self._held.rewire_to(old.with_(layers))
-        before = self._updates[-1].densities if self._updates else old.densities()
-        densities = {**before, **{name: kept(mask) / mask.numel() for name, mask in layers.items()}}
+        new = self.mask
+        densities = {name: kept(mask) / mask.numel() for name, mask in new.items()}
         self._updates.append(Update(done, fraction, changed, densities))
 
 

@@ -56,7 +56,7 @@ def train(trainer: Trainer, mask: Mask | None, params: Params, density: float | 
     """One fit that starts dense and ends with `density` of the weights of the layers that are not kept dense."""
     from sparsify_deploy.sparsity.layers import prunable, select
     from sparsify_deploy.sparsity.mask import Mask
-    from sparsify_deploy.training.methods._held import MovingMask
+    from sparsify_deploy.training.updater import HoldMask
 
     if mask is not None:
         raise UsageError("train.method gradual starts dense and takes no mask: remove the init section")
@@ -72,7 +72,7 @@ def train(trainer: Trainer, mask: Mask | None, params: Params, density: float | 
     pruned = [layer for layer in layers if layer.name not in dense]
     if not pruned:
         raise UsageError("train.params.keep_dense leaves gradual no layer to prune: name fewer layers")
-    held = MovingMask(trainer.model, trainer.optimizer, Mask.ones(pruned))
+    held = HoldMask(trainer.model, trainer.optimizer, Mask.ones(pruned))
     return _rewiring.fit(trainer, Gradual(held, params, trainer.total_steps, density))
 
 

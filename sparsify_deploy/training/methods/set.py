@@ -43,11 +43,11 @@ def optimizer_steps(params: Params, total_steps: int, density: float | None) -> 
 
 def train(trainer: Trainer, mask: Mask | None, params: Params, density: float | None = None) -> Mask:
     """One fit; every layer keeps its number of weights. Dense layers and frozen ones are never rewired."""
-    from sparsify_deploy.training.methods._held import MovingMask
+    from sparsify_deploy.training.updater import HoldMask
 
     mask = _rewiring.starting_mask("set", mask, "random with erk is SET's own")
     _rewiring.check_pattern("set", mask, params.pattern)
-    held = MovingMask(trainer.model, trainer.optimizer, mask)
+    held = HoldMask(trainer.model, trainer.optimizer, mask)
     return _rewiring.fit(trainer, SET(held, params, trainer.total_steps, trainer.seed))
 
 
