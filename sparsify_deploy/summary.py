@@ -98,14 +98,13 @@ def _row(by_id: Mapping[str, Outcome], identifier: str) -> Row:
     stage = by_id.get(identifier.removesuffix(".report"))
     facts = stage.record.measured if stage is not None else {}
     history, cost = facts.get("history"), facts.get("cost")
-    measured_s = cost.get("train_s") if cost else None
     return Row(
         label=outcome.step.label,
         step=identifier,
         model=model,
         optimizer_steps=history["steps"] if history else None,
         flops=cost["relative_training_flops"] if cost else None,
-        train_s=stage.record.seconds if measured_s is None and stage is not None else measured_s,
+        train_s=cost.get("train_s") if cost else None,
     )
 
 

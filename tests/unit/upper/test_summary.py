@@ -33,7 +33,7 @@ from sparsify_deploy.workspace import exit_code, read_report
 
 Make = Callable[..., Recipe]
 Races = Callable[..., Race]
-TRAINED = {"history": {"steps": 12}, "cost": {"relative_training_flops": 0.5}}
+TRAINED = {"history": {"steps": 12}, "cost": {"relative_training_flops": 0.5, "train_s": 2.25}}
 
 
 @pytest.fixture
@@ -77,8 +77,8 @@ def test_rows_take_their_cost_from_the_step_they_follow(recipe: Make, outcomes: 
     assert [r.step for r in report.rows] == list(found.rows)
     by_label = {r.label: r for r in report.rows}
     trained = by_label["sparse FP32"]
-    assert (trained.optimizer_steps, trained.flops, trained.train_s) == (12, 0.5, 1.5)
-    assert by_label["dense FP32"].flops is None
+    assert (trained.optimizer_steps, trained.flops, trained.train_s) == (12, 0.5, 2.25)
+    assert (by_label["dense FP32"].flops, by_label["dense FP32"].train_s) == (None, None)
     assert (report.metric, report.direction) == ("accuracy", "higher")
     assert {(e.branch, e.runtime) for e in report.engines} == {("dense", "openvino"), ("sparse", "openvino")}
     assert report.engines[0].file == "engines/dense/openvino/model.xml"
