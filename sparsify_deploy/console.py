@@ -227,6 +227,7 @@ def forecast(found: Forecast, *, as_json: bool) -> None:
                     for s, e in found.steps
                 ],
                 "layers": [vars(layer) for layer in found.layers],
+                "keep_worst_dense": found.keep_worst_dense,
                 "missing": list(found.missing),
             }
         )
@@ -244,6 +245,8 @@ def forecast(found: Forecast, *, as_json: bool) -> None:
         )
         chosen = sum(layer.projected for layer in found.layers)
         how = f"{chosen} of {len(layers)} layers would be projected"
+        if found.keep_worst_dense:
+            how += f", less the {found.keep_worst_dense} that lose most when projected alone (nm.keep_worst_dense)"
         _print(Table("Which layers could run sparse", ("layer", "shape", "projected", "reason"), layers, how))
     for line in found.missing:
         out(f"missing: {line}")

@@ -21,7 +21,8 @@ from sparsify_deploy import menu
 from sparsify_deploy.errors import RecipeError, UsageError
 from sparsify_deploy.params import GivenHere
 from sparsify_deploy.params import Params as Settings
-from sparsify_deploy.recipe import MENU_SECTIONS, SCHEMA_VERSION, Recipe, mistakes
+from sparsify_deploy.recipe import MENU_SECTIONS, SCHEMA_VERSION, Recipe
+from sparsify_deploy.recipe_checks import mistakes
 from sparsify_deploy.recipe_yaml import MAX_BYTES, Leaf, Listing, Mistake, Node, Place, Section, describe, read, short
 
 Path_: TypeAlias = "tuple[str | int, ...]"

@@ -123,7 +123,13 @@ def _collapsed(facts: Mapping[str, Json]) -> list[str]:
     before, updates = history.get("densities", {}), history.get("updates", ())
     after = updates[-1]["densities"] if updates else {}
     emptied = [name.removesuffix(".weight") for name in after if after[name] == 0.0 < before.get(name, 1.0)]
-    return list(dict.fromkeys([*facts.get("collapsed", ()), *emptied]))
+    return list(dict.fromkeys([*(name.removesuffix(".weight") for name in facts.get("collapsed", ())), *emptied]))
+
+
+def _repeats(note: str, collapsed: Sequence[str]) -> bool:
+    """Whether a method's own note says no more than that some of the layers `collapsed` are empty."""
+    start, _, layers = note.partition(" no weight is left in ")
+    return start == "layer collapse:" and {n.removesuffix(".weight") for n in layers.split(", ")} <= {*collapsed}
 
 
 def _engine(outcome: Outcome) -> EngineRow:
@@ -153,21 +159,23 @@ def _notes(outcome: Outcome) -> list[str]:
     """What a reader must know of a step besides its numbers: what was left out, and why."""
     facts, name = outcome.record.measured, outcome.step.id
     notes = []
-    if collapsed := _collapsed(facts):
+    collapsed = _collapsed(facts)
+    if collapsed:
         notes.append(f"{name}: layer collapse, no weight is left in {', '.join(collapsed)}")
     if kept := facts.get("kept_dense"):
         notes.append(f"{name}: kept dense by the recipe: {', '.join(kept)}")
     notes += [f"{name}: {layer} stays dense: {reason}" for layer, reason in facts.get("no_pattern", {}).items()]
     if taught := facts.get("distillation"):
-        what = f"the features of {', '.join(taught['features'])}" if taught["features"] else "logits"
+        features, warmth = ", ".join(taught["features"]), f"{taught['temperature']:g}"
+        what = f"the features of {features}" if features else f"logits, temperature {warmth}"
         notes.append(
-            f"{name}: distilled from a dense teacher by {what}, temperature {taught['temperature']:g}, weight "
-            f"{taught['weight']:g}; its forward pass adds {taught['relative_flops']:.0%} of a dense step, which the "
-            "FLOPs leave out"
+            f"{name}: distilled from a dense teacher by {what}, weight {taught['weight']:g}; its forward pass adds "
+            f"{taught['relative_flops']:.0%} of a dense step, which the FLOPs leave out"
         )
     if permutation := facts.get("permutation"):
         notes += _permutation_notes(name, facts["pattern"], permutation)
-    notes += [f"{name}: {note}" for note in (facts.get("history") or {}).get("notes", ())]
+    own = (facts.get("history") or {}).get("notes", ())
+    notes += [f"{name}: {note}" for note in own if not _repeats(note, collapsed)]
     layers: Sequence[Mapping[str, Json]] = facts.get("layers", ())
     if layers:
         notes.append(f"{name}: {facts['projected']} of {len(layers)} layers projected on {facts['pattern']}")
@@ -184,6 +192,8 @@ def _notes(outcome: Outcome) -> list[str]:
 
 def _permutation_notes(name: str, pattern: str, facts: Mapping[str, Json]) -> list[str]:
     """What permuting channels won before the projection, and the layers where it was not possible."""
+    if not facts["layers"]:
+        return [f"{name}: no channels permuted: no layer is to be projected on {pattern}"]
     whole = facts["whole"] or 1.0
     before, after = facts["kept_before"] / whole, facts["kept_after"] / whole
     won = (

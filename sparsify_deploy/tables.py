@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sparsify_deploy.reports import BenchmarkReport, Row, RunReport, Score, SensitivityReport
+from sparsify_deploy.reports import BenchmarkReport, LayerSensitivity, Row, RunReport, Score, SensitivityReport
 from sparsify_deploy.timing import Race
 
 
@@ -102,7 +102,7 @@ def waterfall(report: RunReport) -> Table:
 
 def _waterfall_row(report: RunReport, row: Row, race: Race | None, start: str) -> tuple[str, ...]:
     model = row.model
-    asked = f"{model.sparsity_asked:.0%}" if model.sparsity_asked is not None else "-"
+    asked = f"{100 * model.sparsity_asked:.4g}%" if model.sparsity_asked is not None else "-"
     speed = "-"
     if race is not None and row.label == start:
         speed = "1"
@@ -256,7 +256,7 @@ def sensitivity(found: SensitivityReport) -> Table:
             "x".join(map(str, row.shape)),
             *_score(row.projected),
             *_score(row.quantized),
-            "" if row.projected else f"not projected: {row.reason}",
+            "; ".join(_left_out(found, row)),
         )
         for row in found.worst_first
     )
@@ -264,6 +264,14 @@ def sensitivity(found: SensitivityReport) -> Table:
     columns = (f"{metric}, {found.pattern} alone", lost, f"{metric}, INT8 alone", f"INT8 {lost}", "note")
     how = " ".join((*_how_measured(found), *advice(found)))
     return Table("Sensitivity of the layers", ("rank", "layer", "shape", *columns), rows, how)
+
+
+def _left_out(found: SensitivityReport, row: LayerSensitivity) -> Iterator[str]:
+    """Why a layer was not tried; where INT8 was not measured at all, the line below the table says so."""
+    if row.projected is None:
+        yield f"not projected: {row.reason}"
+    if row.quantized is None and found.int8_all is not None:
+        yield f"not INT8: {row.quantized_reason}"
 
 
 def _score(score: Score | None) -> tuple[str, str]:

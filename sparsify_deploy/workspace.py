@@ -28,6 +28,7 @@ class Forecast:
     steps: tuple[tuple[pipeline.Status, Estimate | None], ...]
     layers: tuple[LayerForecast, ...]
     missing: tuple[str, ...]
+    keep_worst_dense: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class Workspace:
         able = importlib.util.find_spec("torch") is not None and not missing
         estimates = [s.step.stage.estimate() if able and s.state != "cached" else None for s in steps]
         layers = forecast_layers(self.plan.subject, self.recipe.nm) if able else ()
-        return Forecast(tuple(zip(steps, estimates, strict=True)), layers, missing)
+        worst = self.recipe.nm.keep_worst_dense if self.recipe.nm else 0
+        return Forecast(tuple(zip(steps, estimates, strict=True)), layers, missing, worst)
 
 
 def open_run(

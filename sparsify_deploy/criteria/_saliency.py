@@ -70,7 +70,9 @@ class Probe:
                     for name, weight in pruned.items():
                         weight.mul_(mask[name].to(weight.device))
             for module in self.model.modules():
-                module.training = isinstance(module, _BatchNorm)
+                # cuDNN has no backward pass for recurrent layers in evaluation mode; nothing but dropout depends on it
+                recurrent = isinstance(module, nn.RNNBase) and not module.dropout
+                module.training = recurrent or isinstance(module, _BatchNorm)
             undo.enter_context(torch.enable_grad())
             yield weights
 
@@ -78,7 +80,9 @@ class Probe:
         """The gradient of the mean loss for each weight, in float32 or wider; ModelError where none reaches a layer."""
         sums, reached = _zeros(weights), set()
         for loss in self._losses():
-            for name, part in _grad(loss, weights, create_graph=False).items():
+            with self._differentiating("the network"):
+                found = _grad(loss, weights, create_graph=False)
+            for name, part in found.items():
                 sums[name] += part
                 reached.add(name)
         if missed := [name for name in weights if name not in reached]:
@@ -94,21 +98,27 @@ class Probe:
         # flash attention has no second derivative
         with sdpa_kernel(SDPBackend.MATH):
             for loss in self._losses():
-                try:
+                with self._differentiating("the network twice"):
                     first = _grad(loss, weights, create_graph=True)
                     parts = [(vector[n].to(g.dtype) * g).sum() for n, g in first.items() if g.requires_grad]
                     if not parts:  # a loss linear in the weights has H = 0
                         continue
                     second = _grad(torch.stack(parts).sum(), weights, create_graph=False)
-                except RuntimeError as error:
-                    if is_out_of_memory(error):
-                        raise
-                    raise ModelError(
-                        f"{self.criterion} differentiates the network twice, which failed: {error}: {self.instead}"
-                    ) from error
                 for name, part in second.items():
                     sums[name] += part
         return sums
+
+    @contextmanager
+    def _differentiating(self, what: str) -> Iterator[None]:
+        """ModelError where torch cannot, such as behind a value that was overwritten in place."""
+        try:
+            yield
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise ModelError(
+                f"{self.criterion} differentiates {what}, which failed: {error}: {self.instead}"
+            ) from error
 
     def check(self, scores: Mapping[str, Tensor], mask: Mask | None) -> None:
         """ModelError on scores that say nothing, naming the layer.

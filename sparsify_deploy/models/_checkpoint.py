@@ -65,6 +65,8 @@ def _read_torch(path: Path) -> object:
 
 def _short(exc: Exception) -> str:
     text = " ".join(str(exc).split())
+    # torch's own advice is to read it without weights_only, which could run code
+    text = text.partition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0] or text
     return type(exc).__name__ + (f": {text[:120]}" if text else "")
 
 

@@ -120,8 +120,17 @@ def calibrate_(quantized: Quantized, batches: Iterable[Batch], inputs: Sequence[
         if name.endswith("weight_quantizer") and (zeros := _fill_dead_(quantizer.amax)):
             dead[name.removesuffix(".weight_quantizer")] = zeros
         if not bool((quantizer.amax > 0).all()):
-            raise ModelError(f"{name}: saw only zeros during calibration; is the layer before it wholly pruned?")
+            raise ModelError(f"{name}: saw only zeros during calibration; {_why_zero(module)}")
     return Calibration(count, sum(1 for _ in _quantizers(module)), dead)
+
+
+def _why_zero(module: nn.Module) -> str:
+    """What to do about an activation that is always 0."""
+    weights = {name: m._parameters.get("weight") for name, m in module.named_modules()}
+    empty = [n for n, weight in weights.items() if weight is not None and weight.ndim > 1 and not bool(weight.any())]
+    if not empty:
+        return "does a ReLU before it let nothing through?"
+    return f"no weight is left in {', '.join(empty)}: lower the sparsity, or keep such layers dense"
 
 
 @contextlib.contextmanager

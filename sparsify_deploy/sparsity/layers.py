@@ -66,10 +66,11 @@ def prunable(model: nn.Module) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def select(layers: Iterable[Layer], patterns: Iterable[str]) -> set[str]:
+def select(layers: Iterable[Layer], patterns: Iterable[str], field: str = "") -> set[str]:
     """Names of the layers (module names, as in `Layer.name`) that match any of the shell `patterns`.
 
-    `*` matches dots too: `layer4.*` is all of layer4. ModelError for a pattern that matches no layer.
+    `*` matches dots too: `layer4.*` is all of layer4. ModelError for a pattern that matches no layer; it names `field`,
+    where the patterns stand in the recipe.
     """
     names = [layer.name for layer in layers]
     chosen: set[str] = set()
@@ -78,6 +79,7 @@ def select(layers: Iterable[Layer], patterns: Iterable[str]) -> set[str]:
         if not matched:
             close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.6)
             hint = f"did you mean {close[0]!r}?" if close else f"layers are {', '.join(names) or 'none'}"
-            raise ModelError(f"{pattern!r} matches no prunable layer; {hint}")
+            where = f"{field}: " if field else ""
+            raise ModelError(f"{where}{pattern!r} matches no prunable layer; {hint}")
         chosen |= matched
     return chosen

@@ -166,7 +166,7 @@ def _bracket(parts: Sequence[Tensor], keep: int) -> tuple[float, float]:
     low = float(sample[first]) if ends[0] > 0 else -math.inf
     high = float(sample[last]) if ends[1] < len(sample) - 1 else math.inf
     if low == 0:  # weights pruned before: ranking all their zeros would be the longest part
-        low = float(torch.finfo(parts[0].dtype).smallest_normal)
+        low = min(high, float(torch.finfo(parts[0].dtype).smallest_normal))
     return low, high
 
 

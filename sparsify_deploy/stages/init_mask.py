@@ -51,7 +51,7 @@ class InitMask:
         from sparsify_deploy.sparsity.layers import prunable, select
 
         layers = prunable(self.subject.check_network())
-        chosen(layers, select(layers, self.init.keep_dense), self.init.pattern)
+        chosen(layers, select(layers, self.init.keep_dense, "init.keep_dense"), self.init.pattern)
 
     def estimate(self) -> Estimate:
         return Estimate()
@@ -68,7 +68,7 @@ class InitMask:
         if criterion.NEEDS_DATA:
             model.to(device)
         layers = prunable(model)
-        dense = select(layers, self.init.keep_dense)
+        dense = select(layers, self.init.keep_dense, "init.keep_dense")
         pruned, left_out = chosen(layers, dense, self.init.pattern)
         batches = self._batches(criterion.NEEDS_DATA)
         scorer = criterion.prepare(
@@ -142,6 +142,8 @@ def chosen(
 
     wanted = tuple(layer for layer in layers if layer.name not in dense)
     if pattern is None:
+        if layers and not wanted:
+            raise ModelError("init.keep_dense leaves no layer to prune: all are kept dense; name fewer layers")
         return wanted, {}
     answers = {layer.name: pattern_possible(layer.shape, layer.groups, n_and_m(pattern)[1]) for layer in wanted}
     left_out = {name: answer.reason for name, answer in answers.items() if not answer.ok}

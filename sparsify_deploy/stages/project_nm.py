@@ -248,7 +248,7 @@ def choose(layers: Sequence[Layer], nm: NM, mask: Mapping[str, Tensor] | None = 
     from sparsify_deploy.sparsity.layers import select
 
     m = nm.nm[1]
-    dense = select(layers, nm.keep_dense)
+    dense = select(layers, nm.keep_dense, "nm.keep_dense")
     held = already(layers, nm, mask or {})
     answers = {}
     for layer in layers:

@@ -166,6 +166,7 @@ def reproducible(context: Context) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
     torch.use_deterministic_algorithms(True, warn_only=cuda)  # some CUDA kernels have no deterministic form
     torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False  # on by default in convolutions, where fp32 would not be FP32
     return torch.device("cuda" if cuda else "cpu")
 
 

@@ -11,11 +11,13 @@ With f_D the FLOPs of a dense forward pass and f_S those of the sparse one, a st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsify_deploy.errors import ModelError
@@ -37,7 +39,7 @@ def forward_flops(model: nn.Module, example: Batch, inputs: Sequence[str]) -> di
     """
     example = moved(example, device_of(model))
     counter = FlopCounterMode(display=False)
-    with mode(model, train=False), torch.no_grad(), counter:
+    with mode(model, train=False), torch.no_grad(), _plain_attention(), _plain_recurrence(model), counter:
         outputs_of(model, example, inputs)
     counted = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     whole = counted.pop(_ROOT, 0)
@@ -54,6 +56,36 @@ def forward_flops(model: nn.Module, example: Batch, inputs: Sequence[str]) -> di
                     break
             own[parent] -= count
     return {name: count for name, count in sorted(own.items()) if count}
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention as matrix products: torch's counter knows neither the fused encoder layers of evaluation mode nor
+    the fused kernel for CPUs, and would count nothing."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
+def _plain_recurrence(model: nn.Module) -> Iterator[None]:
+    """Recurrent layers in single matrix products: the counter does not know oneDNN's and cuDNN's fused ones."""
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        yield
+        return
+    backends: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+    before = [backend.enabled for backend in backends]
+    try:
+        for backend in backends:
+            backend.enabled = False
+        yield
+    finally:
+        for backend, enabled in zip(backends, before, strict=True):
+            backend.enabled = enabled
 
 
 def sparse_flops(flops: Mapping[str, int], densities: Mapping[str, float]) -> float:
@@ -97,18 +129,27 @@ def training_cost(model: nn.Module, example: Batch, inputs: Sequence[str], histo
     """The cost of training, for a report: FLOPs (2 x MACs) of a forward pass of `example`, dense and at the density it
     ends with; training FLOPs relative to one dense training; seconds on the clock and of CPU time."""
     flops = forward_flops(model, example, inputs)
-    last = history.updates[-1].densities if history.updates else history.densities
+    updates = [(update.step, _by_every_name(model, update.densities)) for update in history.updates]
+    first = _by_every_name(model, history.densities)
+    last = updates[-1][1] if updates else first
     return {
         "dense_forward_flops": sum(flops.values()),
         "sparse_forward_flops": sparse_flops(flops, last),
         "relative_training_flops": relative_training_flops(
             flops,
-            history.densities,
+            first,
             history.steps,
-            updates=[(update.step, update.densities) for update in history.updates],
+            updates=updates,
             dense_gradient_every=history.dense_gradient_every,
             dense_steps=history.dense_steps,
         ),
         "train_s": history.train_s,
         "cpu_s": history.cpu_s,
     }
+
+
+def _by_every_name(model: nn.Module, densities: Mapping[str, float]) -> dict[str, float]:
+    """`densities` for each name of a shared weight: a mask has it once, and each of its layers does work."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    by_weight = {id(parameters[name]): density for name, density in densities.items()}
+    return {name: by_weight[id(p)] for name, p in parameters.items() if id(p) in by_weight}

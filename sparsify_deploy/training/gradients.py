@@ -34,6 +34,9 @@ def dense_gradients(
         for parameter in frozen:
             parameter.requires_grad_(True)
         with mode(model, train=False), torch.enable_grad():
+            for module in model.modules():
+                if isinstance(module, nn.RNNBase):  # cuDNN has no backward pass in evaluation mode
+                    module.training = not module.dropout
             for batch in batches:
                 gradients = torch.autograd.grad(loss_fn(model, batch), parameters, materialize_grads=True)
                 torch._foreach_add_(sums, gradients)

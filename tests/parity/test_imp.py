@@ -104,7 +104,8 @@ def test_imp_is_the_plain_loop(tmp_path, mode):
         folder=tmp_path,
         context=Context(checkpoint_every_s=1e9),
     )
-    params = imp.Params(retrain=mode, rewind_step=K, finetune_fraction=LOW)
+    low = {"finetune_fraction": LOW} if mode == "finetune" else {}
+    params = imp.Params(retrain=mode, rewind_step=K, **low)
     mask = imp.train(trainer, None, params, 0.8**4)
     model, masks = lottery(mode, 4)
     assert mask == Mask({name: m.bool() for name, m in masks.items()})

@@ -68,7 +68,7 @@ def train(trainer: Trainer, mask: Mask | None, params: Params, density: float | 
             f"{1.0 - density:g}: lower it"
         )
     layers = prunable(trainer.model)
-    dense = select(layers, params.keep_dense)
+    dense = select(layers, params.keep_dense, "train.params.keep_dense")
     pruned = [layer for layer in layers if layer.name not in dense]
     if not pruned:
         raise UsageError("train.params.keep_dense leaves gradual no layer to prune: name fewer layers")

@@ -68,9 +68,11 @@ class Params(Base):
     )
 
     @model_validator(mode="after")
-    def _one_step(self) -> Params:
+    def _agree(self) -> Params:
         if self.rewind_step is not None and self.rewind_to:
             raise ValueError("give rewind_to or rewind_step, not both")
+        if "finetune_fraction" in self.model_fields_set and self.retrain != "finetune":
+            raise ValueError(f"finetune_fraction has no effect with retrain {self.retrain}: remove it")
         return self
 
 
@@ -162,7 +164,7 @@ def _layers(model: nn.Module, keep_dense: tuple[str, ...]) -> tuple[Layer, ...]:
     from sparsify_deploy.sparsity.layers import prunable, select
 
     known = prunable(model)
-    dense = select(known, keep_dense)
+    dense = select(known, keep_dense, "train.params.keep_dense")
     if not (layers := tuple(layer for layer in known if layer.name not in dense)):
         raise ModelError("imp has no layer to prune: the model has none, or train.params.keep_dense names them all")
     return layers

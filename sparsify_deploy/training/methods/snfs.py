@@ -9,7 +9,9 @@ Momentum must be dense, so no gradient is masked: the weights are masked again a
 the dense gradient. A new weight starts at 0 and keeps the momentum that made it grow. The momentum is SGD's buffer, or
 the first moment of Adam and AdamW, which the authors also divide by the root of the second. The paper's interval is an
 epoch. Counts are exact here: shares are rounded by largest remainder, where the authors' code corrects its total at
-the next update and stops short of filling a layer.
+the next update and stops short of filling a layer. Two more rules of that code are left out: that a layer denser than
+0.8 with more than an equal share of the momentum drops no larger part than its sparsity, and that after an update all
+missing weights get the mean momentum of the others.
 """
 
 from __future__ import annotations

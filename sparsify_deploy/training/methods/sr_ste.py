@@ -119,7 +119,7 @@ def _eligible(model: nn.Module, m: int, params: Params) -> tuple[dict[str, nn.Pa
     from sparsify_deploy.training.methods._straight_through import named
 
     layers = prunable(model)
-    dense = select(layers, params.keep_dense)
+    dense = select(layers, params.keep_dense, "train.params.keep_dense")
     parameters, reasons = {}, []
     for layer in layers:
         if layer.name in dense:

@@ -183,7 +183,7 @@ def _pruned(model: nn.Module, keep_dense: Sequence[str]) -> tuple[dict[str, nn.P
     from sparsify_deploy.training.methods._straight_through import named
 
     layers = prunable(model)
-    dense = select(layers, keep_dense)
+    dense = select(layers, keep_dense, "train.params.keep_dense")
     wanted = [layer for layer in layers if layer.name not in dense]
     frozen = [layer.name for layer in wanted if not layer.weight.requires_grad]
     parameters = {layer.parameter: layer.weight for layer in wanted if layer.weight.requires_grad}

@@ -32,7 +32,7 @@ def mistakes_of(folder: Path, text: str) -> list[str]:
     "text",
     [
         BOTH + "distillation: {}\n",
-        BOTH + "train: {method: dense}\ndistillation: {temperature: 2.0, weight: 1.0, features: ['layer*.conv1']}\n",
+        BOTH + "train: {method: dense}\ndistillation: {weight: 1.0, features: ['layer*.conv1']}\n",
         BOTH + "train: {method: dense}\ndense_branch: false\ndistillation: {teacher: teacher.safetensors}\n",
         BOTH + "dense_branch: false\ndistillation: {}\n",
         BOTH + "distillation: {phases: [qat]}\n",

@@ -118,7 +118,6 @@ def test_a_mistake_is_told_plainly(tmp_path: Path, old: str, new: str, expected:
 def test_cross_checks_are_reported_beside_other_mistakes(tmp_path: Path) -> None:
     text = GOOD.replace("init: {}\n", "").replace("size: 8", "size: 1")
     assert [line.split(" ")[0:2] for line in mistakes_of(tmp_path, text)] == [
-        ["recipe.yaml:2:11:", "sparsity:"],
         ["recipe.yaml:7:11:", "data.params.size:"],
         ["recipe.yaml:10:1:", "train.method:"],
     ]

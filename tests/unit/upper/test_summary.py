@@ -219,7 +219,7 @@ def test_a_teacher_a_pattern_that_does_not_fit_and_a_fits_own_words_are_noted(
         "sparse/init_mask: conv1 stays dense: C_in 1 is not a multiple of 4",
         "sparse/project_nm: distilled from a dense teacher by logits, temperature 4, weight 0.9; its forward pass adds "
         "33% of a dense step, which the FLOPs leave out",
-        "sparse/quantize: distilled from a dense teacher by the features of layer1, layer2, temperature 4, weight 0.9; "
+        "sparse/quantize: distilled from a dense teacher by the features of layer1, layer2, weight 0.9; "
         "its forward pass adds 33% of a dense step, which the FLOPs leave out",
         "sparse/quantize: fp16: gradients overflowed",
     )
