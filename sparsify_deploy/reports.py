@@ -146,12 +146,12 @@ class StepRow:
 class Level:
     """One fit of a step that trains several times: a lottery ticket's level, or a looser pattern on the way.
 
-    `density` is that of the masked layers while it trained, `metrics` are those on the test split after it, and
-    `start` is the step of the schedule it began at.
+    `name` is the level's number, or the pattern. `density` is that of the masked layers while it trained, `metrics`
+    are those on the test split after it, and `start` is the step of the schedule it began at.
     """
 
     step: str
-    number: int
+    name: str
     density: float
     metrics: dict[str, float]
     start: int

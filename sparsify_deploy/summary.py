@@ -110,10 +110,14 @@ def _row(by_id: Mapping[str, Outcome], identifier: str) -> Row:
 
 def _levels(outcome: Outcome) -> list[Level]:
     """The single fits of a step that had several."""
-    fits = (outcome.record.measured.get("history") or {}).get("levels", ())
+    facts = outcome.record.measured
+    fits = (facts.get("history") or {}).get("levels", ())
+    names = [str(i) for i in range(len(fits))]
+    if "via" in facts:
+        names = [*(table["pattern"] for table in facts["via"]), facts["pattern"]]
     return [
-        Level(outcome.step.id, i, fit["density"], dict(fit["metrics"]), fit["start"], fit["steps"], fit["train_s"])
-        for i, fit in enumerate(fits)
+        Level(outcome.step.id, name, fit["density"], dict(fit["metrics"]), fit["start"], fit["steps"], fit["train_s"])
+        for name, fit in zip(names, fits, strict=True)
     ]
 
 

@@ -140,23 +140,23 @@ def levels(report: RunReport) -> tuple[Table, ...]:
     """One table a step that trained several times, such as lottery tickets, one row a level."""
     found = []
     for step in dict.fromkeys(level.step for level in report.levels):
+        own = [level for level in report.levels if level.step == step]
+        measured = [report.metric] if any(report.metric in level.metrics for level in own) else []
         rows = tuple(
             (
-                str(level.number),
+                level.name,
                 f"{level.density:.4f}",
-                f"{level.metrics[report.metric]:.4f}" if report.metric in level.metrics else "-",
+                *(f"{level.metrics[metric]:.4f}" if metric in level.metrics else "-" for metric in measured),
                 str(level.start),
                 str(level.optimizer_steps),
                 f"{level.train_s:.1f}",
             )
-            for level in report.levels
-            if level.step == step
+            for level in own
         )
-        how = (
-            f"Density: kept weights over all weights of the masked layers while the level trained. {report.metric}: "
-            "torch, all test examples, after it. From step: where the learning rate's schedule went on."
-        )
-        columns = ("level", "density", report.metric, "from step", "steps", "train s")
+        how = "Density: kept weights over all weights of the masked layers while the level trained. "
+        how += "".join(f"{metric}: torch, all test examples, after it. " for metric in measured)
+        how += "From step: where the learning rate's schedule went on."
+        columns = ("level", "density", *measured, "from step", "steps", "train s")
         found.append(Table(f"Levels of {step}", columns, rows, how))
     return tuple(found)
 

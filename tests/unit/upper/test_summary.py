@@ -180,11 +180,18 @@ def test_the_levels_of_a_step_that_trains_several_times_are_in_the_report(
     facts = {"sparse/train": {"history": {"steps": 21, "levels": LEVELS}, "cost": cost}}
     report = summarise(found, outcomes(found, facts=facts), None)
     assert report.levels == (
-        Level("sparse/train", 0, 1.0, {"accuracy": 0.9}, 0, 12, 2.5),
-        Level("sparse/train", 1, 0.8, {"accuracy": 0.8}, 3, 9, 1.5),
+        Level("sparse/train", "0", 1.0, {"accuracy": 0.9}, 0, 12, 2.5),
+        Level("sparse/train", "1", 0.8, {"accuracy": 0.8}, 3, 9, 1.5),
     )
     (trained,) = [r for r in report.rows if r.label == "sparse FP32"]
     assert (trained.optimizer_steps, trained.flops, trained.train_s) == (21, 1.6, 4.25)
+    facts = {"sparse/project_nm": {"via": [{"pattern": "4:8"}], "pattern": "2:4", "history": {"levels": LEVELS}}}
+    facts["sparse/project_nm"]["history"]["steps"] = 21
+    report = summarise(found, outcomes(found, facts=facts), None)
+    assert [(level.step, level.name) for level in report.levels] == [
+        ("sparse/project_nm", "4:8"),
+        ("sparse/project_nm", "2:4"),
+    ]
 
 
 def test_a_layer_that_training_emptied_is_named_in_the_notes_and_in_the_verdict(

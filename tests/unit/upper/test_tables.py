@@ -259,14 +259,15 @@ def test_a_report_with_a_sensitivity_has_its_table_and_survives_json(
 
 def test_levels_are_a_table_a_step_with_a_row_a_level(report: RunReport) -> None:
     fits = (
-        Level("sparse/train", 0, 1.0, {"accuracy": 0.9}, 0, 12, 2.5),
-        Level("sparse/train", 1, 0.8, {"accuracy": 0.85}, 3, 9, 1.5),
-        Level("sparse/project_nm", 0, 0.5, {}, 0, 3, 0.25),
+        Level("sparse/train", "0", 1.0, {"accuracy": 0.9}, 0, 12, 2.5),
+        Level("sparse/train", "1", 0.8, {"accuracy": 0.85}, 3, 9, 1.5),
+        Level("sparse/project_nm", "2:4", 0.5, {}, 0, 3, 0.25),
     )
     tickets, way = levels(dataclasses.replace(report, levels=fits))
     assert tickets.title == "Levels of sparse/train"
     assert tickets.rows == (("0", "1.0000", "0.9000", "0", "12", "2.5"), ("1", "0.8000", "0.8500", "3", "9", "1.5"))
-    assert way.rows == (("0", "0.5000", "-", "0", "3", "0.2"),)
+    assert way.columns == ("level", "density", "from step", "steps", "train s")
+    assert way.rows == (("2:4", "0.5000", "0", "3", "0.2"),)
     assert levels(report) == ()
     assert "Levels of sparse/train" in [t.title for t in tables(dataclasses.replace(report, levels=fits))]
 
