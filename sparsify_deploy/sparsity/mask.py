@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 from sparsify_deploy.errors import DataError, ModelError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from sparsify_deploy.sparsity.layers import Layer
@@ -88,6 +89,14 @@ class Mask(Mapping[str, "Tensor"]):
             if tensor.shape != self._tensors[name].shape:
                 raise ModelError(_shape_message(name, self._tensors[name].shape, tensor.shape))
         return Mask({**self._tensors, **changes})
+
+    def moves_to(self, other: Mask) -> Iterator[tuple[str, NDArray[np.intp], NDArray[np.bool_]]]:
+        """By layer, the flat positions at which `other`, a mask of the same layers, differs, and which it keeps."""
+        for name, tensor in self._tensors.items():
+            new = other._tensors[name]
+            # numpy finds positions in a mask several times faster than torch does
+            where = np.flatnonzero((new ^ tensor).numpy())
+            yield name, where, new.view(-1).numpy().take(where)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file of one byte a weight; equal masks give equal bytes."""

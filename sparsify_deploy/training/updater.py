@@ -140,24 +140,23 @@ class HoldMask:
         for parameter, factor in self._factors:
             self._reset_slots_(parameter, factor == 0)
 
-    def rewire_to(self, mask: Mask) -> None:
+    def rewire_to(self, mask: Mask) -> int:
         """Hold another mask of the same layers whose new weights start from nothing: value 0 and all slots 0.
 
+        Returns how many weights are new.
         Only weights that come or go are touched, a few per cent of a layer: what stays pruned is zero already.
         """
-        for (name, parameter), (_, factor) in zip(self.parameters.items(), self._factors, strict=True):
-            new = mask[name]
-            # numpy finds positions in a mask several times faster than torch does
-            changed = torch.from_numpy(np.flatnonzero((new ^ self._mask[name]).numpy()))
-            if not len(changed):
-                continue
-            kept = new.view(-1).index_select(0, changed).to(factor.device, factor.dtype)
-            changed = changed.to(factor.device)
+        grown = 0
+        for (name, where, keeps), (parameter, factor) in zip(self._mask.moves_to(mask), self._factors, strict=True):
+            assert parameter is self.parameters[name]
+            changed = torch.from_numpy(where).to(factor.device)
             _fill_(parameter.detach(), changed, 0.0)
             for slot in slots(self._optimizer, parameter):
                 _fill_(slot, changed, 0.0)
-            _fill_(factor, changed, kept)
+            _fill_(factor, changed, torch.from_numpy(keeps).to(factor.device, factor.dtype))
+            grown += int(np.count_nonzero(keeps))
         self._mask = mask
+        return grown
 
     def _reset_slots_(self, parameter: nn.Parameter, where: Tensor) -> None:
         for slot in slots(self._optimizer, parameter):

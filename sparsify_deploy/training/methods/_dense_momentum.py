@@ -19,8 +19,10 @@ class DenseMomentum(HoldMask):
         super().hold(mask)
         self._pruned = [(p, ~mask[name].to(p.device)) for name, p in self.parameters.items()]
 
-    def rewire_to(self, mask: Mask) -> None:
+    def rewire_to(self, mask: Mask) -> int:
+        grown = sum(int((mask[name] & ~old).sum()) for name, old in self.mask.items())
         self.hold(mask)  # a new weight is 0 already, and keeps the momentum that made it grow
+        return grown
 
     def _reset_slots_(self, parameter: nn.Parameter, where: Tensor) -> None:
         pass

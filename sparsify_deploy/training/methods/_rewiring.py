@@ -144,17 +144,10 @@ class Moving:
 
     def _move(self, done: int, fraction: float, layers: Mapping[str, Tensor]) -> None:
         """Hold `layers` from now on, and record it."""
-        import torch
-
-        from sparsify_deploy.training.methods._selection import kept
         from sparsify_deploy.training.updater import Update
 
-        old = self.mask
-        changed = sum(kept(torch.gt(mask, old[name])) for name, mask in layers.items())
-        self._held.rewire_to(old.with_(layers))
-        new = self.mask
-        densities = {name: kept(mask) / mask.numel() for name, mask in new.items()}
-        self._updates.append(Update(done, fraction, changed, densities))
+        new = self._held.rewire_to(self.mask.with_(layers))
+        self._updates.append(Update(done, fraction, new, self.mask.densities()))
 
 
 def replaced(weight: Tensor, mask: Tensor, score: Tensor, fraction: float, pattern: str | None) -> Tensor:
@@ -162,11 +155,11 @@ def replaced(weight: Tensor, mask: Tensor, score: Tensor, fraction: float, patte
 
     Weights just dropped may come back. With `pattern`, each group grows as many as it lost. CPU tensors out.
     """
-    from sparsify_deploy.training.methods._selection import drop, grow, grow_in_groups, kept
+    from sparsify_deploy.training.methods._selection import drop, grow_, grow_in_groups, kept
 
     count = math.floor(fraction * kept(mask))
     left = drop(weight, mask, count)
-    return grow(left, score, count) if pattern is None else grow_in_groups(left, score, *n_and_m(pattern))
+    return grow_(left, score, count) if pattern is None else grow_in_groups(left, score, *n_and_m(pattern))
 
 
 def check_finite(method: str, what: str, tensor: Tensor, done: int) -> None:

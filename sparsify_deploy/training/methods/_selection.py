@@ -32,20 +32,22 @@ def drop(weight: Tensor, mask: Tensor, count: int) -> Tensor:
     return left
 
 
-def grow(mask: Tensor, score: Tensor, count: int) -> Tensor:
+def grow_(mask: Tensor, score: Tensor, count: int) -> Tensor:
     """`mask` with the `count` positions of largest |score| among those it prunes; of equal ones the lower index.
 
-    `mask` is a bool tensor on the CPU with at least `count` False, as is the result; `score` has its shape, no NaN.
+    `mask` is a bool tensor on the CPU with at least `count` False, changed in place and returned; `score` has its
+    shape and holds no NaN.
     """
-    grown = mask.clone(memory_format=torch.contiguous_format)
-    flat = grown.view(-1).numpy()
-    values = np.abs(_flat(score))
-    reach = values >= _guess(values, flat, count)
+    flat = mask.view(-1).numpy()
+    values = _flat(score)
+    guess = _guess(values, flat, count)
+    reach = values >= guess
+    np.logical_or(reach, values <= -guess, out=reach)  # np.abs of a whole layer would cost more than both
     where = np.flatnonzero(np.greater(reach, flat, out=reach))
     if len(where) < count:  # the sample misled
         where = np.flatnonzero(~flat)
-    flat[where] = _largest(values.take(where), count)
-    return grown
+    flat[where] = _largest(np.abs(values.take(where)), count)
+    return mask
 
 
 def grow_in_groups(mask: Tensor, score: Tensor, n: int, m: int) -> Tensor:
@@ -84,14 +86,14 @@ def _largest(values: NDArray[np.floating], count: int) -> NDArray[np.bool_]:
 
 
 def _guess(values: NDArray[np.floating], taken: NDArray[np.bool_], count: int) -> float:
-    """What about `count` of the free values reach: a quantile of a sample, five standard deviations to the safe side.
+    """What about `count` of the free |values| reach: a quantile of a sample, five standard deviations to the safe side.
 
     0 for a small layer; every value reaches that.
     """
     stride = len(values) // _SAMPLE | 1
     if stride < 4:
         return 0.0
-    sample = values[::stride][~taken[::stride]]
+    sample = np.abs(values[::stride][~taken[::stride]])
     expected = count / stride
     rank = math.ceil(expected + 5 * math.sqrt(expected) + 5)
     return float(np.partition(sample, len(sample) - rank)[len(sample) - rank]) if rank < len(sample) else 0.0

@@ -88,7 +88,7 @@ class SNFS(_rewiring.Moving):
             self._move(done, fraction, self._next(done, fraction))
 
     def _next(self, done: int, fraction: float) -> dict[str, Tensor]:
-        from sparsify_deploy.training.methods._selection import drop, grow, kept
+        from sparsify_deploy.training.methods._selection import drop, grow_, kept
 
         momenta, left, freed, room, contribution = {}, {}, {}, {}, {}
         for name, weight, mask in self._trained():
@@ -104,7 +104,7 @@ class SNFS(_rewiring.Moving):
             contribution[name] = mean_magnitude(momentum, mask)
             left[name] = drop(weight, mask, freed[name])
         shares = redistribute(freed, room, contribution)
-        return {name: grow(left[name], momenta[name], count) for name, count in shares.items()}
+        return {name: grow_(left[name], momenta[name], count) for name, count in shares.items()}
 
 
 def redistribute(

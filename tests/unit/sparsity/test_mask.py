@@ -112,3 +112,12 @@ def test_a_mask_for_another_model_is_refused() -> None:
         Mask(TENSORS).with_({"c.weight": TENSORS["a.weight"]})
     with pytest.raises(ModelError, match="shape"):
         Mask(TENSORS).with_({"a.weight": TENSORS["b.weight"]})
+
+
+def test_moves_are_where_two_masks_differ() -> None:
+    old = Mask({"b": torch.tensor([[True, False], [False, True]]), "a": torch.tensor([True, True])})
+    new = old.with_({"b": torch.tensor([[False, False], [True, True]])})
+    assert [(name, where.tolist(), keeps.tolist()) for name, where, keeps in old.moves_to(new)] == [
+        ("a", [], []),
+        ("b", [0, 2], [False, True]),
+    ]
