@@ -44,8 +44,11 @@ schema: .venv/.installed-demo ## write sparsify_deploy/recipe.schema.json anew
 	@$(BIN)/python -c 'from sparsify_deploy.recipe_source import write_schema; write_schema()'
 
 bench: ## how the measurements are made
-	@echo 'Each script prints its table and writes benchmarks/results/; run one at a time on a quiet machine:'
-	@for script in benchmarks/*.py; do echo "  $(BIN)/python $$script"; done
+	@echo 'Each prints its figures, with --json for machines; run one at a time on a quiet machine:'
+	@for script in benchmarks/*.py; do \
+	  case $$script in */methods.py) rest=' mnist|cifar10 --data PATH' ;; *) rest= ;; esac; \
+	  echo "  $(BIN)/python $$script$$rest"; \
+	done
 
 clean: ## remove caches and build folders; .venv and runs/ stay
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
