@@ -182,6 +182,19 @@ class Target(MenuSection):
     KEY: ClassVar[str] = "runtime"
     runtime: str
     params: ParamsOf = Field(default_factory=NotGiven)
+    flavour: Literal["tensorrt", "onnxruntime"] | None = Field(
+        None, description="where Q/DQ stand in the ONNX file it is built from; none: as the runtime likes it"
+    )
+    triton: bool = Field(False, description="also write a Triton model repository with this engine")
+
+
+class Prediction(Section):
+    """What 2:4 and INT8 would gain on GPUs that need not be there, from the shapes of the layers."""
+
+    gpus: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        ("a100", "h100"), description="see `sparsify-deploy plan --help` for their names"
+    )
+    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)] = (1, 32)
 
 
 class Benchmark(Section):
@@ -203,6 +216,9 @@ class Gates(Section):
     )
     min_speedup: Positive | None = Field(None, description="least speed-up over the dense twin on the first runtime")
     min_sparsity: Fraction | None = Field(None, description="least measured sparsity of the prunable weights")
+    min_predicted_speedup: Positive | None = Field(
+        None, description="least predicted gain of 2:4 on the first of prediction.gpus; stops a run before it trains"
+    )
 
 
 MENU_SECTIONS: Mapping[type[Section], tuple[str, str]] = {
@@ -232,6 +248,7 @@ class Recipe(Section):
     distillation: Distillation | None = None
     export: Export = Export()
     deploy: Annotated[tuple[Target, ...], Field(strict=False)] = ()
+    prediction: Prediction = Prediction()
     benchmark: Benchmark = Benchmark()
     gates: Gates = Gates()
 

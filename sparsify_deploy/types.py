@@ -135,6 +135,33 @@ class IOTensor:
     dtype: str
 
 
+@dataclass(frozen=True)
+class LayerTime:
+    """One layer of an engine as its runtime calls it: the ONNX nodes fused into it, the kernel that ran, and its time.
+
+    `ms` is the mean of a run of the whole engine; `kernel` is the runtime's own word (TensorRT's tactic, OpenVINO's
+    primitive) and `precision` is what it says it computed in, each "" where it does not say.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    kernel: str
+    ms: float
+    precision: str = ""
+
+
+@dataclass(frozen=True)
+class EngineProfile:
+    """Where an engine spends its time. Profiling slows it down, so shares are to be trusted and sums are not.
+
+    `layers` is empty and `note` says why where the runtime cannot tell.
+    """
+
+    layers: tuple[LayerTime, ...]
+    runs: int
+    note: str = ""
+
+
 class Session(Protocol):
     """An opened engine. `bind` copies inputs in, `execute` is the timed part, `fetch` copies outputs out."""
 
@@ -157,6 +184,9 @@ class Runtime(Protocol):
     SUFFIX: str
     """File suffix of its engines, with the dot."""
 
+    FLAVOUR: str
+    """Where it wants Q/DQ in an INT8 file: "tensorrt" or "onnxruntime"."""
+
     def unavailable_reason(self) -> str | None:
         """None where it can build here, else one line: what to install or which device is missing."""
         ...
@@ -177,6 +207,10 @@ class Runtime(Protocol):
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> AbstractContextManager[Session]:
         """Open an engine with `threads` CPU threads; `shapes` fixes dynamic axes, None keeps them."""
+        ...
+
+    def profile(self, engine: Path, params: Any, inputs: Arrays, /, *, threads: int = 1) -> EngineProfile:
+        """Time every layer of an engine on `inputs`, by the runtime's own profiler."""
         ...
 
 

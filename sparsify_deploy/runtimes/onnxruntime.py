@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 SUFFIX = ".onnx"
+FLAVOUR = "onnxruntime"
 _ERRORS_ONLY = 3
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 SUFFIX = ".xml"
+FLAVOUR = "tensorrt"
 
 
 class Params(Base):

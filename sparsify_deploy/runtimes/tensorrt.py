@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 SUFFIX = ".engine"
+FLAVOUR = "tensorrt"
 _FLAVOUR = _trt.Flavour("tensorrt", "TensorRT")
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 SUFFIX = ".rtx.engine"
+FLAVOUR = "tensorrt"
 NOT_RUN = "built, not run here"
 _FLAVOUR = _trt.Flavour("tensorrt_rtx", "TensorRT-RTX")
 _NO_VERDICT = "TensorRT-RTX does not say which kernels are sparse: no verdict on 2:4 can be drawn from this build"
