@@ -103,7 +103,7 @@ class ArtifactStore:
         with explained(self.folder):
             partial.mkdir(parents=True, exist_ok=True)
             (partial / MANIFEST).unlink(missing_ok=True)
-            _write_json(partial / PARTS, canonical(parts))
+            write_json(partial / PARTS, canonical(parts))
         return partial
 
     def commit(
@@ -124,7 +124,7 @@ class ArtifactStore:
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "seconds": round(seconds, 3),
             }
-            _write_json(partial / MANIFEST, manifest)
+            write_json(partial / MANIFEST, manifest)
             self._finish(partial, final)
         self._verified.add(final)
         return _record(final)
@@ -145,7 +145,7 @@ class ArtifactStore:
             return
         with explained(self.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_json(path, known)
+            write_json(path, known)
 
     def reason(self, step: str, parts: Mapping[str, Json]) -> str:
         """Why a step that is not committed has to run: `settings.params.rounds: 100 -> 50`."""
@@ -341,7 +341,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_json(path: Path, value: Json) -> None:
+def write_json(path: Path, value: Json) -> None:
     """Replace a JSON file so that a crash leaves the old one or the new one, never a part."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     fresh = path.with_name(f"{path.name}.new")

@@ -66,6 +66,13 @@ def prunable(model: nn.Module) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
+def to_prune(model: nn.Module, keep_dense: Iterable[str], field: str) -> tuple[Layer, ...]:
+    """The prunable layers of `model` that none of the shell patterns `keep_dense` names; `field` as for `select`."""
+    layers = prunable(model)
+    dense = select(layers, keep_dense, field)
+    return tuple(layer for layer in layers if layer.name not in dense)
+
+
 def select(layers: Iterable[Layer], patterns: Iterable[str], field: str = "") -> set[str]:
     """Names of the layers (module names, as in `Layer.name`) that match any of the shell `patterns`.
 

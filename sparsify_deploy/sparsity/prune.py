@@ -77,7 +77,7 @@ def pattern_mask(scores: Scores, n: int, m: int) -> Mask:
 
 def allocate(scores: Scores, density: float, allocation: Allocation) -> Mask:
     """One shot: the mask of `density` over all scored layers, shared out by `allocation`."""
-    final = _final_densities({name: tuple(score.shape) for name, score in scores.items()}, density, allocation)
+    final = final_densities({name: tuple(score.shape) for name, score in scores.items()}, density, allocation)
     return global_mask(scores, density) if final is None else layerwise_mask(scores, final)
 
 
@@ -98,7 +98,7 @@ def prune_at_init(
     """
     progress = progress or Silent()
     layers = tuple(layers)
-    final = _final_densities({layer.parameter: layer.shape for layer in layers}, density, allocation)
+    final = final_densities({layer.parameter: layer.shape for layer in layers}, density, allocation)
     mask = Mask.ones(layers)
     for done in range(rounds):
         found = scorer(mask)
@@ -116,9 +116,10 @@ def collapsed(mask: Mask) -> tuple[str, ...]:
     return tuple(name for name, (kept, _) in mask.counts().items() if kept == 0)
 
 
-def _final_densities(
+def final_densities(
     shapes: Mapping[str, tuple[int, ...]], density: float, allocation: Allocation
 ) -> dict[str, float] | None:
+    """Each layer's own density, by parameter name; None for a global threshold, which leaves that to the scores."""
     if allocation == "global":
         return None
     return uniform(shapes, density) if allocation == "uniform" else erk(shapes, density)

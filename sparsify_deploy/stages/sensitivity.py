@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from sparsify_deploy.artifacts.store import write_json
 from sparsify_deploy.errors import DataError, Interrupted, ModelError
 from sparsify_deploy.recipe import NM
 from sparsify_deploy.recipe import Quantize as QuantizeSection
@@ -192,7 +192,7 @@ class _Trials:
             self._found[what] = [float(scores[self.metric]), float(scores["loss"])]
             if not all(map(math.isfinite, self._found[what])):
                 raise ModelError(f"{what}: {self.metric} or loss is not finite; train the network or check its weights")
-            _write(self._path, {"environment": self._environment, "found": self._found})
+            write_json(self._path, {"environment": self._environment, "found": self._found})
         self._context.progress.update("sensitivity", len(self._found), self._total, what)
         return _Trial(*self._found[what])
 
@@ -281,13 +281,3 @@ def _row(
 
 def _worst(report: SensitivityReport) -> str | None:
     return next((row.layer for row in report.layers if row.rank == 1), None)
-
-
-def _write(path: Path, value: Json) -> None:
-    """Replace a JSON file so that a crash leaves the old one or the new one."""
-    fresh = path.with_name(path.name + ".new")
-    with fresh.open("w", encoding="utf-8") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)

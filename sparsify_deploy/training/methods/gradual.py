@@ -54,7 +54,7 @@ def optimizer_steps(params: Params, total_steps: int, density: float | None) -> 
 
 def train(trainer: Trainer, mask: Mask | None, params: Params, density: float | None = None) -> Mask:
     """One fit that starts dense and ends with `density` of the weights of the layers that are not kept dense."""
-    from sparsify_deploy.sparsity.layers import prunable, select
+    from sparsify_deploy.sparsity.layers import to_prune
     from sparsify_deploy.sparsity.mask import Mask
     from sparsify_deploy.training.updater import HoldMask
 
@@ -67,9 +67,7 @@ def train(trainer: Trainer, mask: Mask | None, params: Params, density: float | 
             f"train.params.initial_sparsity {params.initial_sparsity:g} is above the sparsity asked for, "
             f"{1.0 - density:g}: lower it"
         )
-    layers = prunable(trainer.model)
-    dense = select(layers, params.keep_dense, "train.params.keep_dense")
-    pruned = [layer for layer in layers if layer.name not in dense]
+    pruned = to_prune(trainer.model, params.keep_dense, "train.params.keep_dense")
     if not pruned:
         raise UsageError("train.params.keep_dense leaves gradual no layer to prune: name fewer layers")
     held = HoldMask(trainer.model, trainer.optimizer, Mask.ones(pruned))
@@ -82,10 +80,13 @@ class Gradual(_rewiring.Moving):
     name = "gradual"
 
     def __init__(self, held: HoldMask, params: Params, total_steps: int, density: float) -> None:
+        from sparsify_deploy.sparsity.prune import final_densities
+
         self._params = params
         self._begin = round(params.begin_fraction * total_steps)
         self._end = max(1, round(params.end_fraction * total_steps))
-        self._final = final_densities(held.mask, params.allocation, density)
+        shapes = {name: tuple(kept.shape) for name, kept in held.mask.items()}
+        self._density, self._final = density, final_densities(shapes, density, params.allocation)
         every = params.update_every
         one_shot = f"gradual: all is pruned at once, at step {self._end}: update_every {every} does not come before it"
         super().__init__(held, () if any(map(self._due, range(1, self._end))) else (one_shot,))
@@ -126,18 +127,6 @@ class Gradual(_rewiring.Moving):
             name: self._held.parameters[name].detach().abs().cpu().masked_fill_(~mask, -1.0)
             for name, mask in self.mask.items()
         }
-        if isinstance(self._final, float):
-            return global_mask(scores, density(self._final))
+        if self._final is None:
+            return global_mask(scores, density(self._density))
         return layerwise_mask(scores, {name: density(final) for name, final in self._final.items()})
-
-
-def final_densities(
-    mask: Mask, allocation: Literal["global", "uniform", "erk"], density: float
-) -> float | dict[str, float]:
-    """`density` itself for a global threshold, else each layer's own, by parameter name."""
-    from sparsify_deploy.sparsity.allocation import erk, uniform
-
-    if allocation == "global":
-        return density
-    shapes = {name: tuple(kept.shape) for name, kept in mask.items()}
-    return uniform(shapes, density) if allocation == "uniform" else erk(shapes, density)

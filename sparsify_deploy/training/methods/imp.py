@@ -161,10 +161,8 @@ def _step(params: Params, total_steps: int) -> int:
 
 
 def _layers(model: nn.Module, keep_dense: tuple[str, ...]) -> tuple[Layer, ...]:
-    from sparsify_deploy.sparsity.layers import prunable, select
+    from sparsify_deploy.sparsity.layers import to_prune
 
-    known = prunable(model)
-    dense = select(known, keep_dense, "train.params.keep_dense")
-    if not (layers := tuple(layer for layer in known if layer.name not in dense)):
+    if not (layers := to_prune(model, keep_dense, "train.params.keep_dense")):
         raise ModelError("imp has no layer to prune: the model has none, or train.params.keep_dense names them all")
     return layers

@@ -115,15 +115,11 @@ class SrSte:
 def _eligible(model: nn.Module, m: int, params: Params) -> tuple[dict[str, nn.Parameter], tuple[str, ...]]:
     """The weights that can have the pattern, by name, and a note on each layer that cannot."""
     from sparsify_deploy.graph.eligibility import pattern_possible
-    from sparsify_deploy.sparsity.layers import prunable, select
+    from sparsify_deploy.sparsity.layers import to_prune
     from sparsify_deploy.training.methods._straight_through import named
 
-    layers = prunable(model)
-    dense = select(layers, params.keep_dense, "train.params.keep_dense")
     parameters, reasons = {}, []
-    for layer in layers:
-        if layer.name in dense:
-            continue
+    for layer in to_prune(model, params.keep_dense, "train.params.keep_dense"):
         answer = pattern_possible(layer.shape, layer.groups, m)
         if answer.ok:
             parameters[layer.parameter] = layer.weight

@@ -179,12 +179,10 @@ class Ste:
 
 def _pruned(model: nn.Module, keep_dense: Sequence[str]) -> tuple[dict[str, nn.Parameter], tuple[str, ...]]:
     """The weights that get scores, by name, and a note on those that cannot learn any."""
-    from sparsify_deploy.sparsity.layers import prunable, select
+    from sparsify_deploy.sparsity.layers import to_prune
     from sparsify_deploy.training.methods._straight_through import named
 
-    layers = prunable(model)
-    dense = select(layers, keep_dense, "train.params.keep_dense")
-    wanted = [layer for layer in layers if layer.name not in dense]
+    wanted = to_prune(model, keep_dense, "train.params.keep_dense")
     frozen = [layer.name for layer in wanted if not layer.weight.requires_grad]
     parameters = {layer.parameter: layer.weight for layer in wanted if layer.weight.requires_grad}
     if not parameters:
