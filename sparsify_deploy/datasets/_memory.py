@@ -52,12 +52,13 @@ class MemorySplit:
 
 @dataclass(frozen=True)
 class MemoryDataSet:
-    """A `types.DataSet` of two splits in memory."""
+    """A `types.DataSet` of two splits in memory; `notes` say what a reader of a report must know of it."""
 
     train: MemorySplit
     test: MemorySplit
     inputs: tuple[str, ...] = ("input",)
     classes: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     def split(self, name: Literal["train", "test"]) -> MemorySplit:
         """`train` or `test`."""
@@ -69,11 +70,12 @@ def data_set(
     test: tuple[NDArray[Any], NDArray[Any]],
     affine: Affine | None,
     classes: tuple[str, ...] | None = None,
+    notes: tuple[str, ...] = (),
 ) -> MemoryDataSet:
     """A data set of two (inputs, targets) pairs whose inputs pass through `affine`."""
     scale = {} if affine is None else {"input": affine}
     first, second = (MemorySplit({"input": tensor(x), "target": tensor(y)}, scale) for x, y in (train, test))
-    return MemoryDataSet(first, second, classes=classes)
+    return MemoryDataSet(first, second, classes=classes, notes=notes)
 
 
 def scaling(values: NDArray[Any], *, normalize: bool) -> Affine | None:
@@ -110,6 +112,15 @@ def standardising(values: NDArray[Any]) -> Affine:
     deviation[deviation == 0.0] = 255.0 if values.dtype == np.uint8 else 1.0
     shape = (1, channels, *(1,) * (values.ndim - 2))
     return Affine(*(torch.tensor(v, dtype=torch.float32).reshape(shape) for v in (mean, deviation)))
+
+
+def imagenet(*, grey: bool) -> Affine:
+    """What gives bytes the mean and deviation that ImageNet classifiers are trained on; grey: of its luminance."""
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    if grey:
+        luminance = torch.tensor([0.299, 0.587, 0.114])
+        mean, deviation = (mean @ luminance).reshape(1), (deviation @ luminance).reshape(1)
+    return Affine(255 * mean.reshape(1, -1, 1, 1), 255 * deviation.reshape(1, -1, 1, 1))
 
 
 def targets(values: NDArray[Any], where: str) -> NDArray[Any]:

@@ -1,20 +1,17 @@
-"""Decodes a column of images; the only module of the data sets that knows pyarrow and Pillow."""
+"""Reads columns of encoded images and labels; the only module of the data sets that knows pyarrow."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparsify_deploy.datasets._images import Decoder, check_pillow, short, threads
 from sparsify_deploy.datasets._memory import targets
 from sparsify_deploy.errors import DataError, MissingExtra
 from sparsify_deploy.menu import did_you_mean
@@ -27,48 +24,15 @@ _IMAGES_A_JOB = 64
 _PURPOSE = "the parquet data set"
 
 
-@dataclass(frozen=True)
-class _Decoder:
-    mode: str
-    size: int | None
-
-    def __call__(self, content: bytes, where: str) -> NDArray[np.uint8]:
-        """One image, `(C, H, W)`."""
-        from PIL import Image
-
-        unreadable = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, EOFError, struct.error)
-        try:
-            with Image.open(io.BytesIO(content)) as file:
-                image = file.convert(self.mode)
-        except (*unreadable, Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
-            raise DataError(f"{where}: the image cannot be decoded ({_short(exc)})") from exc
-        if self.size is not None and image.size != (self.size, self.size):
-            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
-        pixels = np.asarray(image)
-        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-
-    def fill_(self, out: NDArray[np.uint8], contents: Sequence[bytes], path: Path, first_row: int) -> None:
-        """Decode `contents` into `out` `(B, C, H, W)`; `first_row` is the row of the first in `path`."""
-        for offset, content in enumerate(contents):
-            where = f"{path}: row {first_row + offset}"
-            pixels = self(content, where)
-            if pixels.shape != out.shape[1:]:
-                raise DataError(
-                    f"{where}: an image of {pixels.shape[1:]}, the first is of {out.shape[2:]}: "
-                    "set size to resize them all"
-                )
-            out[offset] = pixels
-
-
 def read(
     paths: Sequence[Path], *, image: str, label: str, size: int | None, mode: str
 ) -> tuple[NDArray[np.uint8], NDArray[Any]]:
     """All images `(N, C, H, W)` and labels of some files, in the order of the files and rows."""
-    decode = _Decoder(mode, size)
+    decode = Decoder(mode, size)
     images: NDArray[np.uint8] | None = None
     labels: list[NDArray[Any]] = []
     done = 0
-    with ExitStack() as stack, ThreadPoolExecutor(max_workers=_threads()) as pool:
+    with ExitStack() as stack, ThreadPoolExecutor(max_workers=threads()) as pool:
         opened = [stack.enter_context(_open(path, (image, label))) for path in paths]
         total = sum(file.metadata.num_rows for file in opened)
         if not total:
@@ -78,7 +42,7 @@ def read(
                 if images is None:
                     images = np.empty((total, *decode(contents[0], f"{path}: row {row}").shape), dtype=np.uint8)
                 jobs = [
-                    pool.submit(decode.fill_, images[done + k :][: len(part)], part, path, row + k)
+                    pool.submit(_fill_, decode, images[done + k :][: len(part)], part, path, row + k)
                     for k in range(0, len(contents), _IMAGES_A_JOB)
                     for part in [contents[k : k + _IMAGES_A_JOB]]
                 ]
@@ -88,6 +52,18 @@ def read(
                 done += len(contents)
     assert images is not None
     return images, np.concatenate(labels)
+
+
+def _fill_(decode: Decoder, out: NDArray[np.uint8], contents: Sequence[bytes], path: Path, first_row: int) -> None:
+    """Decode `contents` into `out` `(B, C, H, W)`; `first_row` is the row of the first in `path`."""
+    for offset, content in enumerate(contents):
+        where = f"{path}: row {first_row + offset}"
+        pixels = decode(content, where)
+        if pixels.shape != out.shape[1:]:
+            raise DataError(
+                f"{where}: an image of {pixels.shape[1:]}, the first is of {out.shape[2:]}: set size to resize them all"
+            )
+        out[offset] = pixels
 
 
 def class_names(path: Path, label: str) -> tuple[str, ...] | None:
@@ -107,14 +83,11 @@ def _open(path: Path, columns: Sequence[str]) -> Any:
         from pyarrow import parquet
     except ImportError as exc:
         raise MissingExtra("pyarrow", "train", _PURPOSE) from exc
-    try:
-        import PIL  # noqa: F401
-    except ImportError as exc:
-        raise MissingExtra("Pillow", "train", _PURPOSE) from exc
+    check_pillow(_PURPOSE)
     try:
         file = parquet.ParquetFile(path)
     except (pa.ArrowException, OSError) as exc:
-        raise DataError(f"{path}: not a readable Parquet file, damaged or cut short ({_short(exc)})") from exc
+        raise DataError(f"{path}: not a readable Parquet file, damaged or cut short ({short(exc)})") from exc
     known = file.schema_arrow.names
     for column in columns:
         if column not in known:
@@ -135,7 +108,7 @@ def _batches(path: Path, file: Any, image: str, label: str) -> Iterator[tuple[in
                 yield row, contents, _labels(f"{path}: row {row}", label, batch.column(label))
             row += batch.num_rows
     except (pa.ArrowException, OSError) as exc:
-        raise DataError(f"{path}: damaged at or after row {row} ({_short(exc)})") from exc
+        raise DataError(f"{path}: damaged at or after row {row} ({short(exc)})") from exc
 
 
 def _contents(path: Path, first_row: int, column: Any) -> list[bytes]:
@@ -163,11 +136,3 @@ def _labels(where: str, label: str, column: Any) -> NDArray[Any]:
         raise DataError(f"{where}: column {label} has an empty value here or shortly after")
     values: NDArray[Any] = column.to_numpy(zero_copy_only=False)
     return values
-
-
-def _short(exc: Exception) -> str:
-    return " ".join(f"{type(exc).__name__}: {exc}".split())[:160]
-
-
-def _threads() -> int:
-    return max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))

@@ -21,7 +21,8 @@ for blocked in ("torch", "numpy", "pyarrow", "PIL", "onnx"):
 import importlib
 m = importlib.import_module("sparsify_deploy.datasets." + sys.argv[1])
 from sparsify_deploy.params import Params
-given = {"digits": {}, "npz": {"path": "d.npz"}, "file": {"path": "d.py"}, "parquet": {"path": "."}}[sys.argv[1]]
+given = {"digits": {}, "npz": {"path": "d.npz"}, "file": {"path": "d.py"}, "parquet": {"path": "."},
+         "folder": {"path": "."}}[sys.argv[1]]
 params = m.Params.model_validate(given, context={"folder": sys.argv[2]})
 files = {k: str(v) for k, v in m.files(params).items()}
 print(json.dumps({
@@ -35,6 +36,9 @@ print(json.dumps({
 def test_data_entry_loads_bare_and_lists_its_files(name: str, tmp_path: Path) -> None:
     (tmp_path / "train-0.parquet").write_bytes(b"")
     (tmp_path / "test-0.parquet").write_bytes(b"")
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        (tmp_path / split / "a" / "x.png").write_bytes(b"")
     command = [sys.executable, "-c", LOAD_BARE, name, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -48,6 +52,7 @@ def test_data_entry_loads_bare_and_lists_its_files(name: str, tmp_path: Path) ->
         "npz": {"path": f"{tmp_path}/d.npz"},
         "file": {"path": f"{tmp_path}/d.py"},
         "parquet": {f"{s}/{s}-0.parquet": f"{tmp_path}/{s}-0.parquet" for s in ("train", "test")},
+        "folder": {f"{s}/a/x.png": f"{tmp_path}/{s}/a/x.png" for s in ("train", "test")},
     }
     if name == "digits":
         assert Path(facts["files"]["digits"]).is_file()

@@ -1,0 +1,75 @@
+"""Decodes one image; the only module of the data sets that knows Pillow."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from sparsify_deploy.errors import DataError, MissingExtra
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Encoded bytes to pixels of `mode`, "RGB" or "L", resized to `size` x `size` pixels unless that is None.
+
+    `fit` "stretch" ignores the aspect ratio; "crop" scales the shorter side to `size` / 0.875 and takes the middle, as
+    ImageNet classifiers are commonly evaluated.
+    """
+
+    mode: str
+    size: int | None
+    fit: Literal["stretch", "crop"] = "stretch"
+
+    def __call__(self, content: bytes, where: str) -> NDArray[np.uint8]:
+        """One image, `(C, H, W)`. Raises DataError, which `where` begins."""
+        from PIL import Image
+
+        unreadable = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, EOFError, struct.error)
+        try:
+            with Image.open(io.BytesIO(content)) as file:
+                image = file.convert(self.mode)
+        except (*unreadable, Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
+            raise DataError(f"{where}: the image cannot be decoded ({short(exc)})") from exc
+        pixels = np.asarray(self._fitted(image))
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+    def _fitted(self, image: Image) -> Image:
+        from PIL.Image import Resampling
+
+        if self.size is None:
+            return image
+        if self.fit == "stretch":
+            same = image.size == (self.size, self.size)
+            return image if same else image.resize((self.size, self.size), Resampling.BILINEAR)
+        width, height = image.size
+        scale = round(self.size / 0.875) / min(width, height)
+        resized = image.resize((round(width * scale), round(height * scale)), Resampling.BILINEAR)
+        left, top = (resized.width - self.size) // 2, (resized.height - self.size) // 2
+        return resized.crop((left, top, left + self.size, top + self.size))
+
+
+def check_pillow(purpose: str) -> None:
+    """Raises MissingExtra where Pillow is not installed."""
+    try:
+        import PIL  # noqa: F401
+    except ImportError as exc:
+        raise MissingExtra("Pillow", "train", purpose) from exc
+
+
+def short(exc: Exception) -> str:
+    """An exception on one line."""
+    return " ".join(f"{type(exc).__name__}: {exc}".split())[:160]
+
+
+def threads() -> int:
+    """How many images are decoded at a time."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
