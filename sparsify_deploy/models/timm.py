@@ -1,7 +1,8 @@
 """Networks of timm (PyTorch Image Models), by name.
 
-https://github.com/huggingface/pytorch-image-models. With `pretrained` its weights come from the Hugging Face hub, or from that hub's cache; without a network give a file
-as `model.checkpoint`. The version of timm is not part of a run's fingerprint.
+https://github.com/huggingface/pytorch-image-models. With `pretrained` its weights come from the Hugging Face hub, or
+from that hub's cache; without a network give a file as `model.checkpoint`. The version of timm is not part of a run's
+fingerprint.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Networks of torchvision, by name.
 
-https://docs.pytorch.org/vision/stable/models.html. With `pretrained` its default weights are downloaded, or taken from torch's cache; without a network give a file as
-`model.checkpoint`. The version of torchvision is not part of a run's fingerprint.
+https://docs.pytorch.org/vision/stable/models.html. With `pretrained` its default weights are downloaded, or taken
+from torch's cache; without a network give a file as `model.checkpoint`. The version of torchvision is not part of a
+run's fingerprint.
 """
 
 from __future__ import annotations

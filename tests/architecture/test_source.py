@@ -16,7 +16,7 @@ PRINTING = re.compile(r"print|(typer|click)\.s?echo|sys\.(__)?std(out|err)(__)?\
 
 COMPUTED = "a computed name"
 DOORS = {
-    COMPUTED: ("doctor.py", "menu.py", "runtimes/_"),
+    COMPUTED: ("doctor.py", "menu.py", "models/_zoo.py", "runtimes/_"),
     "click": (),  # what typer uses is its own copy, whose exceptions are other classes
     "cuda": ("runtimes/_",),
     "modelopt": ("quantization/",),
@@ -28,7 +28,9 @@ DOORS = {
     "ruamel": ("recipe_yaml.py",),
     "tensorrt": ("runtimes/",),
     "tensorrt_rtx": ("runtimes/",),
+    "timm": (),  # through models/_zoo.py
     "torch.onnx": ("export/",),
+    "torchvision": (),  # through models/_zoo.py
     "typer": ("cli.py",),
 }
 """Package to the only places that import it."""
