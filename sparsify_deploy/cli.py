@@ -139,6 +139,27 @@ def sensitivity(
     console.sensitivity(found, as_json=as_json)
 
 
+@app.command(short_help="Write a first recipe for a trained network.")
+def init(
+    model: Annotated[
+        str, typer.Option(metavar="SOURCE:NAME", help="timm:resnet50, torchvision:..., file:net.py:build")
+    ],
+    data: Annotated[
+        str, typer.Option(metavar="SOURCE:PATH", help="folder:DIR, npz:FILE, parquet:DIR, file:FILE, digits")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="the recipe")] = Path("recipe.yaml"),
+    checkpoint: Annotated[Path | None, typer.Option(help="trained weights: .safetensors, or a .pt of tensors")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace a recipe that is there")] = False,
+    trust_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a recipe that takes a trained network to 2:4 and INT8, with defaults that follow from it and the data."""
+    from sparsify_deploy import starter
+
+    found = starter.start(model, data, output, checkpoint=checkpoint, trust_code=trust_code, force=force)
+    console.started(found, as_json=as_json)
+
+
 @app.command(short_help="Check a recipe and name every mistake.")
 def validate(recipe: RecipeFile, sets: Sets = None, as_json: AsJson = False) -> None:
     """Check a recipe and name every mistake; needs neither torch nor the data."""
@@ -266,17 +287,20 @@ def bench(
     console.raced(result, as_json=as_json)
 
 
-@app.command(short_help="Show each layer's pattern and whether hardware could use it.")
+@app.command(short_help="Say layer by layer what could run sparse, and what did.")
 def inspect(
     model: Annotated[Path, typer.Argument(metavar="FILE", help="an ONNX file or an engine")],
     pattern: Annotated[str, typer.Option(metavar="N:M", help="the pattern looked for")] = "2:4",
+    onnx: Annotated[Path | None, typer.Option(help="the ONNX file an engine was built from")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="run an engine here and time its layers")] = False,
     trust_engine: TrustEngine = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show, layer by layer, which pattern the final values hold and whether hardware could use it. Needs no torch."""
+    """Say, layer by layer, what could run sparse by the file and what did by the builder's word. Needs no torch."""
     from sparsify_deploy import deploy
 
-    console.inspected(deploy.inspect(model, pattern, trust=trust_engine), as_json=as_json)
+    found = deploy.inspect(model, pattern, trust=trust_engine, onnx=onnx, profile=profile)
+    console.inspected(found, as_json=as_json)
 
 
 @app.command(short_help="Check this machine and say what to install for what.")

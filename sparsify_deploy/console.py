@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparsify_deploy.deploy import Built
+    from sparsify_deploy.deploy import Built, Inspected
     from sparsify_deploy.doctor import Finding
     from sparsify_deploy.pipeline import Status
     from sparsify_deploy.recipe import Recipe
     from sparsify_deploy.reports import RunReport, SensitivityReport
+    from sparsify_deploy.starter import Start
     from sparsify_deploy.tables import Table
     from sparsify_deploy.timing import Race
     from sparsify_deploy.types import Json, Progress
@@ -169,6 +170,17 @@ def menus(found: Mapping[str, Mapping[str, str]], *, as_json: bool) -> None:
             out(f"  {name:<{width}}  {summary}")
 
 
+def started(found: Start, *, as_json: bool) -> None:
+    """A recipe that was written."""
+    projected = sum(layer.projected for layer in found.layers)
+    if as_json:
+        layers = [vars(layer) for layer in found.layers]
+        _json({"recipe": str(found.recipe), "examples": found.examples, "layers": layers})
+        return
+    out(f"{found.recipe}: 2:4 for {projected} of {len(found.layers)} layers, {found.examples} training examples")
+    out(f"next: sparsify-deploy plan {found.recipe}")
+
+
 def validated(path: Path, recipe: Recipe, *, as_json: bool) -> None:
     """A recipe without mistakes."""
     if as_json:
@@ -315,35 +327,22 @@ def raced(races: Sequence[Race], *, as_json: bool) -> None:
         _print(race_table("bench", race))
 
 
-def inspected(found: Mapping[str, Json], *, as_json: bool) -> None:
-    """What a model file holds."""
-    from sparsify_deploy.tables import Table
+def inspected(found: Inspected, *, as_json: bool) -> None:
+    """What a model file holds, and what is known of which layers run sparse."""
+    from dataclasses import asdict
+
+    from sparsify_deploy.tables import layer_table, profile_table
 
     if as_json:
-        _json(found)
+        _json(asdict(found))
         return
-    if found["layers"] is None:
-        out(f"{found['file']}: an engine of {found['runtime']}")
-        for key, value in sorted((found["metadata"] or {}).items()):
+    if found.runtime:
+        out(f"{found.file}: an engine of {found.runtime}")
+        for key, value in sorted((found.record or {}).items()):
             out(f"  {key}: {value}")
-        return
-    columns = ("layer", "shape", "precision", "INT8 in", "INT8 out", "zeros", found["pattern"], "could", "reason")
-    yes = {True: "yes", False: "no"}
-    rows = tuple(
-        (
-            layer["layer"],
-            "x".join(map(str, layer["shape"])),
-            layer["precision"],
-            yes[layer["int8_in"]],
-            yes[layer["int8_out"]],
-            f"{layer['sparsity']:.0%}",
-            yes[layer["pattern_held"]],
-            yes[layer["pattern_possible"]],
-            layer["reason"],
-        )
-        for layer in found["layers"]
-    )
-    _print(Table(found["file"], columns, rows))
-    held = sum(layer["pattern_held"] for layer in found["layers"])
-    out(f"{held} of {len(found['layers'])} layers hold {found['pattern']} in their final values")
-    out("whether a builder picks a sparse kernel for them is the builder's word: it needs TensorRT on a GPU")
+    if found.chain is not None:
+        _print(layer_table(found.chain))
+    elif found.profile is not None:
+        _print(profile_table(found.file.name, found.profile))
+    if found.runtime and found.chain is None:
+        out("pass --onnx FILE, the one it was built from, for the verdict layer by layer")

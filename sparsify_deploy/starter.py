@@ -1,0 +1,239 @@
+"""A first recipe for a trained network: straight to 2:4, a short fine-tune and INT8, with comments and defaults that
+follow from the network and the data. What cannot work is said before the file is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsify_deploy import menu
+from sparsify_deploy.errors import MissingExtra, RecipeError, UsageError
+from sparsify_deploy.stages.project_nm import LayerForecast, forecast_layers
+from sparsify_deploy.types import Json
+from sparsify_deploy.workspace import open_run
+
+if TYPE_CHECKING:
+    from sparsify_deploy.stages.subject import Subject
+
+_STEPS = 400
+"""Optimizer steps that the fine-tune should at least have; few data get more epochs, up to `_MOST_EPOCHS`."""
+
+_MOST_EPOCHS = 20
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Start:
+    """A recipe that was written, and the layers it would project."""
+
+    recipe: Path
+    layers: tuple[LayerForecast, ...]
+    examples: int
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One of `SOURCE:NAME`, as a section of a recipe has it."""
+
+    source: str
+    params: Mapping[str, Json]
+
+
+def start(model: str, data: str, output: Path, *, checkpoint: Path | None, trust_code: bool, force: bool) -> Start:
+    """Write a recipe for `model` (`timm:resnet50`, `file:net.py:build`) on `data` (`folder:/data`, `digits`).
+
+    Opens the data and builds the network to choose classes, batch, learning rates and epochs. Raises UsageError for a
+    text that names no source, for a file that exists unless `force`, and where Python files would run without
+    `trust_code`; what is wrong with network or data as `run` would.
+    """
+    if output.exists() and not force:
+        raise UsageError(f"-o {output}: exists already; name another file, or add --force")
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"-o {output}: the folder {output.absolute().parent} does not exist")
+    network, examples = _parsed("model", "models", model, output), _parsed("data", "datasets", data, output)
+    weights = _beside(checkpoint, output) if checkpoint is not None else None
+    subject = _opened(_text(output, network, examples, weights, _Chosen()), output, trust_code)
+    found = subject.examples
+    network = _Source(network.source, {**network.params, **_fitting(network, subject)})
+    size = len(found.split("train"))
+    first = _text(output, network, examples, weights, _Chosen(size=size))
+    subject = _opened(first, output, trust_code)
+    normed = any(type(part).__name__ == "LayerNorm" for part in subject.check_traceable().modules())
+    layers = forecast_layers(subject, None)
+    text = _text(output, network, examples, weights, _Chosen(size, layers, normed))
+    _opened(text, output, trust_code)
+    partial = output.with_name(output.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, output)
+    return Start(output, layers, size)
+
+
+def _parsed(option: str, kind: str, text: str, output: Path) -> _Source:
+    """`timm:resnet50` or `file:net.py:build` as a source with its parameters; paths as seen from the recipe."""
+    source, _, rest = text.partition(":")
+    known = menu.names(kind)
+    if source not in known:
+        raise UsageError(f"--{option} {text}: no source {source!r}{menu.did_you_mean(source, known)}")
+    fields = menu.entry(kind, source).Params.model_fields
+    if not rest:
+        needed = [name for name, field in fields.items() if field.is_required()]
+        if needed:
+            raise UsageError(f"--{option} {text}: {source} needs a {needed[0]}, as in {source}:{needed[0].upper()}")
+        return _Source(source, {})
+    if "path" not in fields:
+        return _Source(source, {"name": rest})
+    path, _, made = rest.partition(":")
+    given: dict[str, Json] = {"path": _beside(Path(path), output)}
+    if made:
+        if "object" not in fields:
+            raise UsageError(f"--{option} {text}: {source} takes a path and nothing after it")
+        given["object"] = made
+    return _Source(source, given)
+
+
+def _beside(path: Path, output: Path) -> str:
+    """A path as a recipe in `output`'s folder has to give it."""
+    expanded = path.expanduser()
+    return str(expanded) if expanded.is_absolute() else os.path.relpath(expanded, output.absolute().parent)
+
+
+def _fitting(network: _Source, subject: Subject) -> dict[str, Json]:
+    """Parameters of the network that follow from the data, where its source has them."""
+    import torch
+
+    fields = menu.entry("models", network.source).Params.model_fields
+    examples = subject.examples
+    found: dict[str, Json] = {}
+    if "classes" in fields and examples.classes:
+        found["classes"] = len(examples.classes)
+    elif "classes" in fields:
+        train = examples.split("train")
+        target = train.take(torch.arange(len(train)))["target"]
+        if not target.is_floating_point():
+            found["classes"] = int(target.max()) + 1
+    shape = tuple(subject.example()[examples.inputs[0]].shape[1:])
+    if "in_channels" in fields and len(shape) == 3:
+        found["in_channels"] = shape[0]
+    if network.params.get("name", "").startswith("lenet") and len(shape) == 3:
+        found["image_size"] = shape[1]
+    return found
+
+
+def _opened(text: str, output: Path, trust_code: bool) -> Subject:
+    """The subject of a recipe that is not written yet, read from where it will lie."""
+    with tempfile.NamedTemporaryFile("w", dir=output.absolute().parent, prefix=".init-", suffix=".yaml") as file:
+        file.write(text)
+        file.flush()
+        try:
+            return open_run(Path(file.name), trust_code=trust_code).plan.subject
+        except RecipeError as error:  # the place is one in a file that nobody sees
+            said = [mistake.split(": ", 1)[-1] for mistake in error.mistakes]
+            raise UsageError("\n".join(f"init: {line}" for line in said)) from None
+        except UsageError as error:
+            raise UsageError(str(error).replace(file.name, "init")) from None
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What the data and the network decide."""
+
+    size: int = 0
+    layers: Sequence[LayerForecast] = ()
+    normed: bool = False
+
+
+def _text(output: Path, network: _Source, data: _Source, checkpoint: str | None, chosen: _Chosen) -> str:
+    """The recipe. Values are JSON, which YAML reads."""
+    batch = max(1, min(_BATCH, chosen.size // 4 or _BATCH))
+    epochs = min(_MOST_EPOCHS, max(2, ceil(_STEPS * batch / chosen.size))) if chosen.size else 2
+    if chosen.normed:
+        optimizer, qat_lr = "{name: adamw, lr: 0.00005, weight_decay: 0.01}", "0.00001"
+        why = "LayerNorm in it, so AdamW at what transformers are commonly fine-tuned with"
+    else:
+        optimizer, qat_lr = "{name: sgd, lr: 0.01, momentum: 0.9, weight_decay: 0.0001}", "0.001"
+        why = "a tenth of the 0.1 that convolutional networks are commonly trained with"
+    lines = [
+        "# From a trained network to a 2:4-sparse INT8 engine, beside the dense twin of the same network.",
+        "#",
+        f"#     sparsify-deploy plan {output.name}    what would run, its cost, the gain to expect; runs nothing",
+        f"#     sparsify-deploy run {output.name}",
+        "version: 1",
+        "",
+        "model:",
+        f"  source: {network.source}",
+        *([f"  params: {_flow(network.params)}"] if network.params else []),
+        *(
+            [f"  checkpoint: {json.dumps(checkpoint)}"]
+            if checkpoint
+            else []
+            if network.params.get("pretrained")
+            else ["  # Untrained as it stands. checkpoint: weights.safetensors, or a .pt that holds tensors alone"]
+        ),
+        "",
+        "data:",
+        f"  source: {data.source}",
+        *([f"  params: {_flow(data.params)}"] if data.params else []),
+        "",
+        f"# {chosen.size} training examples. The learning rate: {why}." if chosen.size else "# The training.",
+        "training:",
+        f"  epochs: {epochs}",
+        f"  batch_size: {batch}",
+        f"  optimizer: {optimizer}",
+        "  schedule: {name: cosine, warmup_fraction: 0.05}",
+        "",
+        *_about(chosen.layers),
+        "nm:",
+        '  pattern: "2:4"',
+        "  permute: channel_swap  # reorders channels so that 2:4 keeps more; the outputs stay the same",
+        "  fine_tune: {}",
+        "",
+        "quantize:",
+        "  calibration_batches: 8",
+        f"  qat: {{epochs: {max(1, epochs // 3)}, optimizer: {{lr: {qat_lr}}}, schedule: {{warmup_fraction: 0.0}}}}",
+        "",
+        "deploy:",
+        *(f"  - runtime: {name}" for name in _runtimes()),
+        "",
+        "benchmark: {batch_sizes: [1, 32]}",
+        "",
+        "gates:",
+        "  max_drop: 0.01  # of the first metric, against dense FP32; a larger one ends the run with exit code 4",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _flow(values: Mapping[str, Json]) -> str:
+    return "{" + ", ".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()) + "}"
+
+
+def _about(layers: Sequence[LayerForecast]) -> list[str]:
+    if not layers:
+        return []
+    projected = sum(layer.projected for layer in layers)
+    lines = [f"# 2:4 by the hardware's rule of thumb: {projected} of {len(layers)} layers."]
+    reasons: dict[str, list[str]] = {}
+    for layer in layers:
+        if not layer.projected:
+            reasons.setdefault(layer.reason, []).append(layer.name or "the network itself")
+    for reason, names in list(reasons.items())[:5]:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"#   not {', '.join(names[:3])}{more}: {reason}")
+    return lines
+
+
+def _runtimes() -> list[str]:
+    """Those that can build and run here, the ones that can use sparsity first; at least one."""
+    found = []
+    for name in ("tensorrt", "openvino", "onnxruntime"):
+        runtime = menu.entry("runtimes", name)
+        if runtime.unavailable_reason() is None and runtime.cannot_run_reason() is None:
+            found.append(name)
+    if not found:
+        raise MissingExtra("a runtime", "cpu", "a recipe that ends in an engine")
+    return found
