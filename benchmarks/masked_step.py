@@ -15,8 +15,8 @@ Beforehand a few steps with an all-ones mask must give bit for bit the weights o
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import random
 import statistics
 import sys
 import tempfile
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.ratio import machine, median_ratio, race, ratio_text
 from torch import Tensor, nn
 
 from sparsify_deploy import menu
@@ -181,34 +182,14 @@ def check_all_ones(net: Net, folder: Path) -> None:
         raise SystemExit(f"an all-ones mask changes training: {', '.join(different)}")
 
 
-def race(contestants: Sequence[Contestant], rounds: int, steps: int) -> list[list[float]]:
-    """Milliseconds of CPU time a step: one row a round, one column a contestant; the order rotates."""
-    for each in contestants:
-        each.step_ms(1)
-    rows = []
-    for number in range(rounds):
-        row = [0.0] * len(contestants)
-        for k in range(len(contestants)):
-            turn = (number + k) % len(contestants)
-            row[turn] = contestants[turn].step_ms(steps)
-        rows.append(row)
-    return rows
-
-
-def median_ratio(rows: Sequence[Sequence[float]], over: int, under: int) -> dict[str, float]:
-    """The median over rounds of column `over` / column `under`, with a 95 % bootstrap interval."""
-    ratios = [row[over] / row[under] for row in rows]
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return {"median": statistics.median(ratios), "low": medians[50], "high": medians[1949]}
-
-
 def measured(net: Net, rounds: int, steps: int, density: float) -> dict[str, Any]:
     """One network's rows as a report."""
     with tempfile.TemporaryDirectory() as name:
         check_all_ones(net, Path(name))
         contestants = [contestant(net, Path(name), share) for share in (None, None, density)]
-        rows = race(contestants, rounds, steps)
+        for each in contestants:
+            each.step_ms(1)
+        rows = race([functools.partial(each.step_ms, steps) for each in contestants], rounds)
     return {
         "weights": sum(layer.weight.numel() for layer in prunable(contestants[0].trainer.model)),
         "batch": [net.batch_size, *net.shape],
@@ -235,8 +216,7 @@ def main() -> int:
         "density": asked.density,
         "rounds": asked.rounds,
         "steps_per_round": asked.steps,
-        "torch": str(torch.__version__),
-        "cpu_instruction_set": torch.backends.cpu.get_cpu_capability(),
+        **machine(),
     }
     if asked.json:
         print(json.dumps(report, indent=2))
@@ -245,8 +225,7 @@ def main() -> int:
         batch, weights = " x ".join(map(str, found["batch"])), found["weights"] / 1e6
         print(f"{name}: {weights:.1f} M weights, batch {batch}, dense step {found['dense_step_ms']:.0f} ms CPU")
         for label, key in (("dense / dense (A/A)", "control"), ("masked / dense", "masked")):
-            ratio = found[key]
-            print(f"  {label:<19} {ratio['median']:.4f}  [{ratio['low']:.4f}, {ratio['high']:.4f}]")
+            print(f"  {label:<19} {ratio_text(found[key], 4)}")
     print("an all-ones mask gives bit for bit the dense weights")
     return 0
 

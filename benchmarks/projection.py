@@ -16,17 +16,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import importlib
 import io
 import json
-import random
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
+from harness.ratio import machine, median_ratio, race, ratio_text
 from torch import Tensor, nn
 
 from sparsify_deploy.graph.eligibility import rule_of_thumb
@@ -106,33 +107,19 @@ def compare(model: nn.Module) -> dict[str, int]:
 
 
 def cpu_ms(run: Callable[[nn.Module], object], model: nn.Module) -> float:
-    """CPU time of one call."""
+    """CPU time of one call on a copy of `model`, which is made before."""
+    copied = copy.deepcopy(model)
     start = time.process_time()
-    run(model)
+    run(copied)
     return (time.process_time() - start) * 1e3
 
 
-def race(model: nn.Module, rounds: int) -> list[list[float]]:
-    """Milliseconds of CPU time: one row a round, columns ours, ours again, modelopt; the order rotates."""
+def raced(model: nn.Module, rounds: int) -> list[list[float]]:
+    """Milliseconds of CPU time: one row a round, columns ours, ours again, modelopt; each on a copy of its own."""
     contestants = (ours, ours, theirs)
     for run in contestants:
         run(copy.deepcopy(model))
-    rows = []
-    for number in range(rounds):
-        row = [0.0] * len(contestants)
-        for k in range(len(contestants)):
-            turn = (number + k) % len(contestants)
-            row[turn] = cpu_ms(contestants[turn], copy.deepcopy(model))
-        rows.append(row)
-    return rows
-
-
-def median_ratio(rows: Sequence[Sequence[float]], over: int, under: int) -> dict[str, float]:
-    """The median over rounds of column `over` / column `under`, with a 95 % bootstrap interval."""
-    ratios = [row[over] / row[under] for row in rows]
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return {"median": statistics.median(ratios), "low": medians[50], "high": medians[1949]}
+    return race([functools.partial(cpu_ms, run, model) for run in contestants], rounds)
 
 
 def main() -> int:
@@ -144,7 +131,7 @@ def main() -> int:
     torch.set_num_threads(1)
     model = resnet50_layers()
     same = compare(model)
-    rows = race(model, asked.rounds)
+    rows = raced(model, asked.rounds)
     report = {
         "model": "layers of ResNet-50",
         "weights": sum(layer.weight.numel() for layer in prunable(model)),
@@ -154,8 +141,7 @@ def main() -> int:
         "modelopt_ms": statistics.median(row[2] for row in rows),
         "control": median_ratio(rows, 1, 0),
         "modelopt_over_ours": median_ratio(rows, 2, 0),
-        "torch": str(torch.__version__),
-        "cpu_instruction_set": torch.backends.cpu.get_cpu_capability(),
+        **machine(),
     }
     if asked.json:
         print(json.dumps(report, indent=2))
@@ -163,8 +149,7 @@ def main() -> int:
     print(f"nm_mask             {report['ours_ms']:.0f} ms CPU, {report['weights'] / 1e6:.1f} M weights, one thread")
     print(f"modelopt sparsify   {report['modelopt_ms']:.0f} ms CPU")
     for label, key in (("ours / ours (A/A)", "control"), ("modelopt / ours", "modelopt_over_ours")):
-        ratio = report[key]
-        print(f"{label:<19} {ratio['median']:.3f}  [{ratio['low']:.3f}, {ratio['high']:.3f}]")
+        print(f"{label:<19} {ratio_text(report[key])}")
     ties = same["groups_that_tie_in_float32"]
     print(
         f"masks               identical in {same['layers']} layers, but for {ties} of {same['groups']} groups that tie"

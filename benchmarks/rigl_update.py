@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from harness.ratio import machine
 from torch import Tensor, nn
 
 from sparsify_deploy.sparsity.allocation import erk
@@ -158,8 +159,7 @@ def main() -> int:
         "faster": statistics.median(row[1] / row[0] for row in rows),
         "control": statistics.median(row[2] / row[1] for row in rows),
         "identical": True,
-        "torch": str(torch.__version__),
-        "cpu_instruction_set": torch.backends.cpu.get_cpu_capability(),
+        **machine(),
     }
     if asked.json:
         print(json.dumps(report, indent=2))

@@ -12,14 +12,15 @@ the ratio is the median, with a bootstrap interval. All masks must be identical.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 
 import torch
+from harness.ratio import machine, median_ratio, race, ratio_text
 from torch import Tensor, nn
 
 from sparsify_deploy.criteria import synflow
@@ -162,26 +163,16 @@ def _no_loss(model: nn.Module, batch: object) -> Tensor:
     raise AssertionError("SynFlow takes no loss")
 
 
-def race(turns: Sequence[Contestant], repeats: int) -> tuple[list[list[float]], list[Mask]]:
-    """CPU seconds: one row a repeat, one column a contestant; the order rotates. And the masks of the last repeat."""
-    rows, masks = [], [Mask({})] * len(turns)
-    for number in range(repeats):
-        row = [0.0] * len(turns)
-        for k in range(len(turns)):
-            turn = (number + k) % len(turns)
-            start = time.process_time()
-            masks[turn] = turns[turn]()
-            row[turn] = time.process_time() - start
-        rows.append(row)
-    return rows, masks
+def raced(turns: Sequence[Contestant], repeats: int) -> tuple[list[list[float]], list[Mask]]:
+    """CPU seconds: one row a repeat, one column a contestant. And the masks of the last repeat."""
+    masks = [Mask({})] * len(turns)
 
+    def seconds(turn: int) -> float:
+        start = time.process_time()
+        masks[turn] = turns[turn]()
+        return time.process_time() - start
 
-def median_ratio(rows: Sequence[Sequence[float]], over: int, under: int) -> dict[str, float]:
-    """The median over repeats of column `over` / column `under`, with a 95 % bootstrap interval."""
-    ratios = [row[over] / row[under] for row in rows]
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return {"median": statistics.median(ratios), "low": medians[50], "high": medians[1949]}
+    return race([functools.partial(seconds, turn) for turn in range(len(turns))], repeats), masks
 
 
 def main() -> int:
@@ -195,7 +186,7 @@ def main() -> int:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     turns = contestants(asked.model, asked.rounds, asked.density)
-    rows, masks = race(turns, asked.repeats)
+    rows, masks = raced(turns, asked.repeats)
     if masks[0] != masks[2] or masks[0] != masks[1]:
         raise SystemExit("the masks differ")
     report = {
@@ -210,8 +201,7 @@ def main() -> int:
         "control": median_ratio(rows, 1, 0),
         "speedup": median_ratio(rows, 2, 0),
         "masks_identical": True,
-        "torch": str(torch.__version__),
-        "cpu_instruction_set": torch.backends.cpu.get_cpu_capability(),
+        **machine(),
     }
     if asked.json:
         print(json.dumps(report, indent=2))
@@ -220,8 +210,7 @@ def main() -> int:
     print(f"ours                     {report['ours_s']:.2f} s CPU, one thread")
     print(f"straightforward          {report['straightforward_s']:.2f} s")
     for label, key in (("ours / ours (A/A)", "control"), ("straightforward / ours", "speedup")):
-        ratio = report[key]
-        print(f"{label:<24} {ratio['median']:.3f}  [{ratio['low']:.3f}, {ratio['high']:.3f}]")
+        print(f"{label:<24} {ratio_text(report[key])}")
     print("masks                    identical")
     return 0
 

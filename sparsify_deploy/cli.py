@@ -25,6 +25,7 @@ _CTRL_C = 130
 """What typer returns where a verb was interrupted."""
 
 _WHERE = "where training runs; auto: a GPU if torch sees one"
+_GPUS = "a100, a100-pcie, a10, a30, l4, l40s, h100, h100-pcie, h200, orin-agx"
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe, a YAML file")]
 Sets = Annotated[
@@ -37,6 +38,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="machine-readable result on
 Trust = Annotated[bool, typer.Option("--trust-code", help="allow the recipe to run the Python files it names")]
 TrustEngine = Annotated[
     bool, typer.Option("--trust-engine", help="open an engine that has no metadata of ours beside it")
+]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option("--shape", metavar="NAME=1x3x224x224", help="the whole shape of an input with free axes; repeatable"),
 ]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="no progress")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="more progress")]
@@ -174,14 +179,21 @@ def plan(
     sets: Sets = None,
     run_dir: RunDir = None,
     store: Store = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help=f"{_GPUS}, or a .json file of more; in place of prediction.gpus; repeatable"),
+    ] = None,
+    batch: Annotated[str | None, typer.Option(metavar="N[,N...]", help="in place of prediction.batch_sizes")] = None,
     trust_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what would run and why, its estimated cost, and which layers could run sparse. Runs nothing."""
-    from sparsify_deploy import workspace
+    """Show what would run and why, its estimated cost, which layers could run sparse, and what that is predicted to
+    gain on GPUs, from shapes. Runs nothing."""
+    from sparsify_deploy import deploy, workspace
 
-    forecast = workspace.open_run(recipe, sets or (), run_dir, store, trust_code=trust_code).forecast()
-    console.forecast(forecast, as_json=as_json)
+    opened = workspace.open_run(recipe, sets or (), run_dir, store, trust_code=trust_code)
+    sizes = deploy.parse_batches(batch) if batch is not None else ()
+    console.forecast(opened.forecast(gpu or (), sizes), as_json=as_json)
 
 
 @app.command(short_help="Show which steps of a recipe are done.")
@@ -248,12 +260,15 @@ def build(
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a parameter of the runtime; repeatable")
     ] = None,
+    triton: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="also put the engine into this Triton model repository")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Build an engine from an ONNX file. Needs no torch."""
     from sparsify_deploy import deploy
 
-    console.built(deploy.build(model, runtime, output, sets or ()), as_json=as_json)
+    console.built(deploy.build(model, runtime, output, sets or (), triton), as_json=as_json)
 
 
 @app.command(short_help="Time engines or ONNX files against each other.")
@@ -266,6 +281,11 @@ def bench(
     threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads")] = 1,
     rounds: Annotated[int, typer.Option(min=5, help="interleaved rounds")] = 20,
     round_ms: Annotated[float, typer.Option(min=1, help="time for each file in a round, ms")] = 30.0,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a parameter of --runtime; repeatable")
+    ] = None,
+    shape: Shapes = None,
+    int_range: Annotated[str, typer.Option(metavar="LOW:HIGH", help="values of integer inputs")] = "0:1",
     trust_engine: TrustEngine = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -283,6 +303,9 @@ def bench(
             round_ms=round_ms,
             trust=trust_engine,
             progress=progress,
+            sets=sets or (),
+            shapes=deploy.parse_shapes(shape or ()),
+            integers=deploy.parse_range(int_range),
         )
     console.raced(result, as_json=as_json)
 
@@ -292,15 +315,37 @@ def inspect(
     model: Annotated[Path, typer.Argument(metavar="FILE", help="an ONNX file or an engine")],
     pattern: Annotated[str, typer.Option(metavar="N:M", help="the pattern looked for")] = "2:4",
     onnx: Annotated[Path | None, typer.Option(help="the ONNX file an engine was built from")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="the reference: run both, name the first layer that differs")
+    ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="with --compare: what both are fed; default random")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="with --compare: relative L2; default 1e-4, 0.1 for INT8 and BF16")
+    ] = None,
+    shape: Shapes = None,
     profile: Annotated[bool, typer.Option("--profile", help="run an engine here and time its layers")] = False,
     trust_engine: TrustEngine = False,
     as_json: AsJson = False,
-) -> None:
-    """Say, layer by layer, what could run sparse by the file and what did by the builder's word. Needs no torch."""
+) -> int:
+    """Say, layer by layer, what could run sparse by the file and what did by the builder's word. Needs no torch.
+
+    With --compare say instead how far its answers are from another file's, and which layer differs first: exit code 4.
+    """
     from sparsify_deploy import deploy
+
+    if compare is not None:
+        compared = deploy.compare_files(
+            compare, model, onnx=onnx, inputs=inputs, tolerance=tolerance, shapes=shape or (), trust=trust_engine
+        )
+        console.compared(compared, as_json=as_json)
+        return 4 if compared.differ else 0
+    deploy.only_with_compare(inputs=inputs, tolerance=tolerance, shape=shape)
 
     found = deploy.inspect(model, pattern, trust=trust_engine, onnx=onnx, profile=profile)
     console.inspected(found, as_json=as_json)
+    return 0
 
 
 @app.command(short_help="Check this machine and say what to install for what.")

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparsify_deploy.deploy import Built, Inspected
+    from sparsify_deploy.compare import Compared
+    from sparsify_deploy.deploy import Benched, Built, Inspected
     from sparsify_deploy.doctor import Finding
     from sparsify_deploy.pipeline import Status
     from sparsify_deploy.recipe import Recipe
     from sparsify_deploy.reports import RunReport, SensitivityReport
     from sparsify_deploy.starter import Start
     from sparsify_deploy.tables import Table
-    from sparsify_deploy.timing import Race
     from sparsify_deploy.types import Json, Progress
     from sparsify_deploy.workspace import Forecast
 
@@ -223,7 +223,10 @@ def explained(found: Sequence[Status], *, as_json: bool) -> None:
 
 def forecast(found: Forecast, *, as_json: bool) -> None:
     """The dry run."""
-    from sparsify_deploy.tables import Table
+    from dataclasses import asdict
+
+    from sparsify_deploy.prediction.roofline import LABEL
+    from sparsify_deploy.tables import Table, forecasts
 
     if as_json:
         _json(
@@ -241,6 +244,20 @@ def forecast(found: Forecast, *, as_json: bool) -> None:
                 "layers": [vars(layer) for layer in found.layers],
                 "keep_worst_dense": found.keep_worst_dense,
                 "missing": list(found.missing),
+                "predicted": [
+                    {
+                        **asdict(one),
+                        "how": LABEL,
+                        "realistic": one.gain("realistic"),
+                        "ideal": one.gain("ideal"),
+                        "realistic_over_fp16": one.gain("realistic", "fp16"),
+                        "ideal_over_fp16": one.gain("ideal", "fp16"),
+                    }
+                    for one in found.predicted
+                ],
+                "unskipped": list(found.unskipped),
+                "warnings": list(found.warnings),
+                "predicted_gate": asdict(found.gate) if found.gate is not None else None,
             }
         )
         return
@@ -260,6 +277,15 @@ def forecast(found: Forecast, *, as_json: bool) -> None:
         if found.keep_worst_dense:
             how += f", less the {found.keep_worst_dense} that lose most when projected alone (nm.keep_worst_dense)"
         _print(Table("Which layers could run sparse", ("layer", "shape", "projected", "reason"), layers, how))
+    for table in forecasts(found.predicted):
+        _print(table)
+    for line in found.unskipped:
+        out(line)
+    for line in found.warnings:
+        out(f"warning: {line}")
+    if found.gate is not None:
+        met = "met" if found.gate.met else "NOT MET: run would stop before its first stage"
+        out(f"gates.min_predicted_speedup {found.gate.limit:g}: {found.gate.value:.3f}x, {met} ({found.gate.how})")
     for line in found.missing:
         out(f"missing: {line}")
 
@@ -280,10 +306,13 @@ def built(result: Built, *, as_json: bool) -> None:
     from dataclasses import asdict
 
     if as_json:
-        _json({"engine": str(result.engine), **asdict(result.notes)})
+        served = {"triton": str(result.triton)} if result.triton is not None else {}
+        _json({"engine": str(result.engine), **asdict(result.notes), **served})
         return
     label = f", {result.notes.label}" if result.notes.label else ""
     out(f"{result.engine}: {result.notes.runtime} {result.notes.version}, {result.notes.seconds:.1f} s{label}")
+    if result.triton is not None:
+        out(f"{result.triton}: for Triton, written and not served here; its config.pbtxt says which container it needs")
     for warning in result.notes.warnings:
         error(warning)
 
@@ -314,17 +343,66 @@ def sensitivity(found: SensitivityReport, *, as_json: bool) -> None:
         _print(table(found))
 
 
-def raced(races: Sequence[Race], *, as_json: bool) -> None:
-    """What `bench` measured."""
+def raced(found: Benched, *, as_json: bool) -> None:
+    """What `bench` measured, and on what."""
     from dataclasses import asdict
 
     from sparsify_deploy.tables import race_table
 
     if as_json:
-        _json([asdict(race) for race in races])
+        _json(asdict(found))
         return
-    for race in races:
+    for race in found.races:
         _print(race_table("bench", race))
+    for copied in found.copies:
+        out(
+            f"copies, not in the times above: {copied.label} at batch {copied.batch_size}: inputs in "
+            f"{copied.bind_ms:.3f} ms, outputs out {copied.fetch_ms:.3f} ms (wall time, median of {copied.samples})"
+        )
+    packages = ", ".join(f"{name} {version}" for name, version in found.machine["packages"].items())
+    out(f"machine: {found.machine['cpu']}, {found.machine['cores']} cores; GPU {found.machine['gpu']}; {packages}")
+    threads = found.races[0].threads if found.races else 0
+    load = " -> ".join("unknown" if s.load is None else f"{s.load:.2f}" for s in (found.before, found.after))
+    clocks = f"; clocks {found.before.gpu_clocks} -> {found.after.gpu_clocks}" if found.before.gpu_clocks else ""
+    out(f"threads {threads}; load average {load}; inputs {found.inputs}{clocks}")
+    for label, digest in found.sha256.items():
+        out(f"sha256 {digest}  {label}")
+
+
+def compared(found: Compared, *, as_json: bool) -> None:
+    """How far two files of one network are apart, and where that begins."""
+    from dataclasses import asdict
+
+    from sparsify_deploy.tables import Table
+
+    if as_json:
+        _json({**asdict(found), "differ": found.differ})
+        return
+    outputs = tuple(
+        (
+            output.name,
+            f"{output.max_absolute:.3g}",
+            f"{output.max_relative:.2e}",
+            f"{output.relative:.2e}",
+            f"{output.cosine:.6f}",
+            "-" if output.top1_agreement is None else f"{output.top1_agreement:.2%}",
+        )
+        for output in found.outputs
+    )
+    columns = ("output", "largest difference", "of the largest value", "relative L2", "cosine", "same top-1")
+    _print(Table(f"{found.other} against {found.reference}", columns, outputs, f"Inputs: {found.inputs}"))
+    layers = tuple(
+        (layer.layer, layer.op, f"{layer.relative:.2e}", "" if layer.relative <= found.tolerance else "beyond")
+        for layer in found.layers
+    )
+    how = f"Relative L2 difference of what each layer returns, in graph order; tolerance {found.tolerance:g}"
+    _print(Table("Layers that both files have", ("layer", "operator", "difference", ""), layers, how))
+    if found.first is not None:
+        out(f"the first layer that differs by more than {found.tolerance:g}: {found.first}")
+    elif found.differ:
+        out(f"the outputs differ by more than {found.tolerance:g}, and none of {len(layers)} layers in both files does")
+    else:
+        out(f"no output and none of {len(layers)} layers differs by more than {found.tolerance:g}")
 
 
 def inspected(found: Inspected, *, as_json: bool) -> None:

@@ -13,29 +13,44 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from sparsify_deploy import menu
+from sparsify_deploy.artifacts import environment
+from sparsify_deploy.artifacts.fingerprint import file_digest
+from sparsify_deploy.compare import Compared, compare
 from sparsify_deploy.errors import CorruptArtifact, DataError, RuntimeUnavailable, UsageError
-from sparsify_deploy.timing import Race, race
-from sparsify_deploy.types import BuildNotes, IOTensor, Json, Progress, Session
+from sparsify_deploy.layer_verdict import Known, chain, file_part
+from sparsify_deploy.reports import LayerChain, LayerReport
+from sparsify_deploy.runtimes import _tensors
+from sparsify_deploy.timing import Copies, Race, Surroundings, copies, race, surroundings
+from sparsify_deploy.triton import described as served_model
+from sparsify_deploy.triton import model_name, unserved
+from sparsify_deploy.triton import write as write_model
+from sparsify_deploy.types import BuildNotes, EngineProfile, IOTensor, Json, Progress, Session
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from sparsify_deploy.types import Arrays
 
 
 @dataclass(frozen=True)
 class Built:
-    """An engine on disk."""
+    """An engine on disk, and the folder of a Triton model repository that serves it, where one was asked for."""
 
     engine: Path
     notes: BuildNotes
+    triton: Path | None = None
 
 
-def build(model: Path, runtime: str, output: Path | None, sets: Sequence[str]) -> Built:
-    """Judge the ONNX file, then build it for `runtime`, which leaves its metadata beside the engine."""
+def build(model: Path, runtime: str, output: Path | None, sets: Sequence[str], triton: Path | None = None) -> Built:
+    """Judge the ONNX file, then build it for `runtime`, which leaves its metadata beside the engine.
+
+    `triton` is a Triton model repository to put the engine in as well.
+    """
     from sparsify_deploy.graph import file
 
     file.load(model)
     chosen = _runtime(runtime)
     params = _params(runtime, sets)
+    if triton is not None and (reason := unserved(runtime)) is not None:
+        raise UsageError(f"--triton: {reason}")
     engine = output or model.with_name(f"{model.stem}.{runtime}{chosen.SUFFIX}")
     if not engine.name.endswith(chosen.SUFFIX):
         raise UsageError(f"-o {engine}: engines of {runtime} end in {chosen.SUFFIX}")
@@ -44,7 +59,19 @@ def build(model: Path, runtime: str, output: Path | None, sets: Sequence[str]) -
     if (reason := chosen.unavailable_reason()) is not None:
         raise RuntimeUnavailable(reason)
     notes = chosen.build(model, engine, params)
-    return Built(engine, notes)
+    return Built(engine, notes, _served(engine, model, runtime, triton) if triton is not None else None)
+
+
+def _served(engine: Path, onnx: Path, runtime: str, repository: Path) -> Path:
+    from sparsify_deploy.runtimes._metadata import check
+
+    record = check(engine, trust=False)
+    assert record is not None
+    described = served_model(engine, record, onnx, why=f"{onnx.name} for {runtime}, built without a recipe.")
+    try:
+        return write_model(repository, model_name(onnx.stem, runtime), described)
+    except OSError as error:
+        raise UsageError(f"--triton {repository}: cannot be written: {error.strerror}") from error
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
@@ -58,6 +85,67 @@ def parse_batches(text: str) -> tuple[int, ...]:
     return sizes
 
 
+def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """`image=1x3x224x224` for every input named, as integers."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        name, _, sizes = text.rpartition("=")
+        parts = sizes.split("x")
+        if not name or name in shapes or not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
+            raise UsageError(f"--shape {text}: expected NAME=1x3x224x224, each input once")
+        shapes[name] = tuple(int(part) for part in parts)
+    return shapes
+
+
+def only_with_compare(**options: object) -> None:
+    """Refuse options that say how to compare where nothing is compared."""
+    for name, value in options.items():
+        if value:
+            raise UsageError(f"--{name}: goes with --compare FILE")
+
+
+def compare_files(
+    reference: Path,
+    other: Path,
+    *,
+    onnx: Path | None,
+    inputs: Path | None,
+    tolerance: float | None,
+    shapes: Sequence[str],
+    trust: bool,
+) -> Compared:
+    """`compare.compare` with `--shape` as text."""
+    if inputs is not None and shapes:
+        raise UsageError("--shape: the arrays of --inputs have shapes of their own")
+    given = parse_shapes(shapes)
+    return compare(reference, other, onnx=onnx, inputs=inputs, shapes=given, tolerance=tolerance, trust=trust)
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """`0:30521` as the least and the largest integer."""
+    low, _, high = text.partition(":")
+    try:
+        found = int(low), int(high)
+    except ValueError:
+        raise UsageError(f"--int-range {text}: expected LOW:HIGH, both included, as in 0:30521") from None
+    if found[0] > found[1]:
+        raise UsageError(f"--int-range {text}: {found[0]} is above {found[1]}")
+    return found
+
+
+@dataclass(frozen=True)
+class Benched:
+    """Races by batch size, copies left out of them, and what they were run on: files by sha256, machine, state."""
+
+    races: tuple[Race, ...]
+    copies: tuple[Copies, ...]
+    sha256: Mapping[str, str]
+    inputs: str
+    machine: Mapping[str, Json]
+    before: Surroundings
+    after: Surroundings
+
+
 def bench(
     models: Sequence[Path],
     *,
@@ -68,69 +156,125 @@ def bench(
     round_ms: float,
     trust: bool,
     progress: Progress,
-) -> tuple[Race, ...]:
-    """Race files against the first one on standard-normal inputs; ONNX files run in `runtime` as they are."""
+    sets: Sequence[str] = (),
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    integers: tuple[int, int] = (0, 1),
+) -> Benched:
+    """Race files against the first one on random inputs; ONNX files run in `runtime`, with the parameters `sets`.
+
+    `shapes` fixes an input's axes, its batch included; `integers` bounds integer inputs.
+    """
     if len({str(path) for path in models}) < len(models):
         raise UsageError("each file once: an A/A control of the first is measured anyway")
+    fixed = {shape[0] for shape in (shapes or {}).values()}
+    if fixed and fixed != set(batch_sizes):
+        raise UsageError(f"--shape names batch {', '.join(map(str, sorted(fixed)))}: pass the same one with --batch")
     short = {path.name for path in models}
     labels = [path.name if len(short) == len(models) else str(path) for path in models]
+    before = surroundings()
+    races, copied = [], []
     with TemporaryDirectory(prefix="sparsify-deploy-") as scratch:
         files = [
-            _openable(path, label, runtime, trust, Path(scratch) / str(i))
+            _openable(path, label, runtime, trust=trust, scratch=Path(scratch) / str(i), sets=sets)
             for i, (path, label) in enumerate(zip(models, labels, strict=True))
         ]
-        races = []
         for done, size in enumerate(batch_sizes):
             progress.update("bench", done, len(batch_sizes), f"batch {size}")
             with ExitStack() as stack:
-                opened = [stack.enter_context(_ready(file, size, threads)) for file in (*files, files[0])]
-                races.append(
-                    race(
-                        dict(zip((file.label for file in files), opened, strict=False)),
-                        control=opened[-1],
-                        batch_size=size,
-                        threads=threads,
-                        rounds=rounds,
-                        round_ms=round_ms,
-                        warmup_ms=200.0,
-                        seed=0,
-                    )
+                opened = [
+                    stack.enter_context(_ready(file, size, threads, shapes or {}, integers))
+                    for file in (*files, files[0])
+                ]
+                sessions = {file.label: session for file, (session, _) in zip(files, opened, strict=False)}
+                found = race(
+                    sessions,
+                    control=opened[-1][0],
+                    batch_size=size,
+                    threads=threads,
+                    rounds=rounds,
+                    round_ms=round_ms,
+                    warmup_ms=200.0,
+                    seed=0,
                 )
-    return tuple(races)
+                races.append(found)
+                copied += [
+                    copies(session, fed, file.label, size) for file, (session, fed) in zip(files, opened, strict=False)
+                ]
+    return Benched(
+        races=tuple(races),
+        copies=tuple(copied),
+        sha256={label: file_digest(path) for label, path in zip(labels, models, strict=True)},
+        inputs=f"random: standard normal floats, integers from {integers[0]} to {integers[1]}",
+        machine=environment.machine(),
+        before=before,
+        after=surroundings(),
+    )
 
 
-def inspect(model: Path, pattern: str, *, trust: bool) -> Json:
-    """What a file is, and for an ONNX file a row a layer: shape, precision, pattern, eligibility, reason."""
-    from sparsify_deploy.graph import eligibility, file, layers
-    from sparsify_deploy.graph.nm import violations
+@dataclass(frozen=True)
+class Inspected:
+    """What a file is. `record` stands beside an engine; `chain` is None for an engine without its ONNX file.
+
+    `profile` is an engine's own, where it was asked for.
+    """
+
+    file: Path
+    runtime: str
+    pattern: str
+    record: Mapping[str, Json] | None
+    chain: LayerChain | None
+    profile: EngineProfile | None
+
+
+def inspect(
+    model: Path, pattern: str, *, trust: bool, onnx: Path | None = None, profile: bool = False, threads: int = 1
+) -> Inspected:
+    """The sparsity verdict of a file, layer by layer.
+
+    Of an ONNX file the part that it tells alone; of an engine what its record says, with the rows if `onnx` is the
+    file it was built from, and with times if `profile` runs it here, at batch 1 on random inputs.
+    """
     from sparsify_deploy.runtimes._metadata import check, runtime_of
 
     n, m = _pattern(pattern)
     if not model.is_file():
         raise DataError(f"{model}: no such file")
-    if model.suffix != ".onnx":
-        return {"file": str(model), "runtime": runtime_of(model), "metadata": check(model, trust=trust), "layers": None}
-    rows = []
-    for layer in layers.weight_layers(file.load(model)):
-        possible = eligibility.pattern_possible(layer.shape, layer.groups, m)
-        rule = eligibility.rule_of_thumb(layer.shape, layer.groups, m)
-        rows.append(
-            {
-                "layer": layer.name,
-                "op": layer.op,
-                "shape": list(layer.shape),
-                "groups": layer.groups,
-                "precision": layer.precision,
-                "int8_in": layer.int8_in,
-                "int8_out": layer.int8_out,
-                "sparsity": float((layer.values == 0).mean()),
-                "pattern_possible": possible.ok,
-                "pattern_held": possible.ok and violations(layer.values, n, m) == 0,
-                "rule_of_thumb": rule.ok,
-                "reason": eligibility.explained(layer.shape, layer.groups, m),
-            }
-        )
-    return {"file": str(model), "runtime": None, "metadata": None, "pattern": pattern, "layers": rows}
+    if model.suffix == ".onnx":
+        if onnx is not None or profile:
+            option = "--onnx" if onnx is not None else "--profile"
+            raise UsageError(f"{option} goes with an engine: {model} is an ONNX file, build it first")
+        return Inspected(model, "", pattern, None, chain(model.name, _layers(model, n, m), Known(pattern)), None)
+    runtime, record = runtime_of(model), check(model, trust=trust)
+    if onnx is not None and record is None:
+        raise UsageError(f"--onnx {onnx}: the engine has no record beside it that says which file it was built from")
+    if onnx is not None and record is not None and file_digest(onnx) != record.get("onnx_sha256"):
+        raise UsageError(f"--onnx {onnx}: is not the file that {model.name} was built from: their sha256 differ")
+    times = _profiled(model, runtime, record, threads) if profile else None
+    rows = None
+    if onnx is not None and record is not None:
+        known = Known(pattern, runtime, record.get("facts", {}), None, times, 1 if times else None)
+        rows = chain(model.name, _layers(onnx, n, m), known)
+    return Inspected(model, runtime, pattern, record, rows, times)
+
+
+def _layers(model: Path, n: int, m: int) -> tuple[LayerReport, ...]:
+    from sparsify_deploy.graph import file
+    from sparsify_deploy.graph.layers import weight_layers
+
+    return file_part(weight_layers(file.load(model)), n, m)
+
+
+def _profiled(engine: Path, runtime: str, record: Mapping[str, Json] | None, threads: int) -> EngineProfile:
+    chosen = _runtime(runtime)
+    params = _recorded(engine, chosen, record) if record is not None else chosen.Params()
+    if (reason := chosen.cannot_run_reason()) is not None:
+        raise RuntimeUnavailable(f"--profile: {reason}")
+    with chosen.open(engine, params) as session:
+        tensors = session.inputs
+    batch = tensors[0].shape[0] if tensors and tensors[0].shape else None
+    shapes = {tensor.name: _shape(tensor, batch or 1, engine.name) for tensor in tensors}
+    found: EngineProfile = chosen.profile(engine, params, _tensors.random_inputs(tensors, shapes), threads=threads)
+    return found
 
 
 def _pattern(text: str) -> tuple[int, int]:
@@ -177,7 +321,7 @@ class _File:
     params: BaseModel
 
 
-def _openable(path: Path, label: str, runtime: str, trust: bool, scratch: Path) -> _File:
+def _openable(path: Path, label: str, runtime: str, *, trust: bool, scratch: Path, sets: Sequence[str]) -> _File:
     """Judge the file, then the environment; an ONNX file is built for `runtime` in the folder `scratch`."""
     from sparsify_deploy.graph import file
     from sparsify_deploy.runtimes._metadata import check, runtime_of
@@ -192,7 +336,9 @@ def _openable(path: Path, label: str, runtime: str, trust: bool, scratch: Path) 
         runtime = runtime_of(path)
         metadata = check(path, trust=trust)
     chosen = _runtime(runtime)
-    params = _recorded(path, chosen, metadata) if metadata is not None else chosen.Params()
+    params = (
+        _recorded(path, chosen, metadata) if metadata is not None else _params(runtime, () if not is_onnx else sets)
+    )
     if (reason := chosen.unavailable_reason() or chosen.cannot_run_reason()) is not None:
         raise RuntimeUnavailable(reason)
     if is_onnx:
@@ -213,36 +359,20 @@ def _recorded(engine: Path, runtime: Any, metadata: Mapping[str, Json]) -> BaseM
 
 
 @contextmanager
-def _ready(file: _File, batch: int, threads: int) -> Iterator[Session]:
-    """The file opened at a batch size, with standard-normal inputs bound."""
+def _ready(
+    file: _File, batch: int, threads: int, given: Mapping[str, tuple[int, ...]], integers: tuple[int, int]
+) -> Iterator[tuple[Session, Arrays]]:
+    """The file opened at a batch size, with random inputs bound, and these."""
     chosen = menu.entry("runtimes", file.runtime)
     with chosen.open(file.engine, file.params) as probe:
         tensors = probe.inputs
-    shapes = {t.name: _shape(t, batch, file.label) for t in tensors}
+    shapes = _tensors.full_shapes(tensors, batch, given, file.label)
+    fed = _tensors.random_inputs(tensors, shapes, integers)
     with chosen.open(file.engine, file.params, threads=threads, shapes=shapes) as session:
-        session.bind(_random_inputs(tensors, shapes))
-        yield session
+        session.bind(fed)
+        yield session, fed
 
 
 def _shape(tensor: IOTensor, batch: int, path: str) -> tuple[int, ...]:
     """The tensor's shape with the batch on axis 0; every other axis must be fixed."""
-    if not tensor.shape:
-        raise DataError(f"{path}: input {tensor.name} has no batch axis, which timing needs")
-    first, *rest = tensor.shape
-    if None in rest:
-        raise DataError(f"{path}: input {tensor.name} has a dynamic axis besides the batch: fix it in the export")
-    if first is not None and first != batch:
-        raise UsageError(f"{path}: input {tensor.name} has the fixed batch size {first}: use --batch {first}")
-    return (batch, *(int(axis) for axis in rest if axis is not None))
-
-
-def _random_inputs(tensors: Sequence[IOTensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[Any]]:
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    inputs: dict[str, NDArray[Any]] = {}
-    for tensor in tensors:
-        kind = np.dtype(tensor.dtype)
-        values = generator.standard_normal(shapes[tensor.name])
-        inputs[tensor.name] = values.astype(kind) if kind.kind == "f" else np.zeros(shapes[tensor.name], kind)
-    return inputs
+    return _tensors.full_shapes([tensor], batch, {}, path)[tensor.name]

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from sparsify_deploy import menu
-from sparsify_deploy.recipe import NM, Quantize, Recipe
+from sparsify_deploy.recipe import NM, Quantize, Recipe, Target
 from sparsify_deploy.recipe import Train as TrainSection
+from sparsify_deploy.reports import SAME_GRAPH
 from sparsify_deploy.stages.base import Stage
 from sparsify_deploy.stages.benchmark import BenchmarkEngines, Variant
 from sparsify_deploy.stages.build_engine import BuildEngine
 from sparsify_deploy.stages.export_onnx import ExportOnnx
 from sparsify_deploy.stages.fitting import Fit, hold
+from sparsify_deploy.stages.flavours import ExportFlavour
 from sparsify_deploy.stages.init_mask import InitMask
 from sparsify_deploy.stages.measure import Measure
 from sparsify_deploy.stages.project_nm import ProjectNM
@@ -172,12 +175,33 @@ def _branch(recipe: Recipe, subject: Subject, name: str, *, sensitivity: bool) -
         training = recipe.training_for(recipe.quantize.qat) if recipe.quantize.qat else None
         branch.add(QuantizeStage(subject, recipe.quantize, training, batch_size, recipe.distilled("qat")))
         branch.measure("quantize", f"{pattern or name} INT8", nm, recipe.quantize)
-    if recipe.deploy:
-        branch.add(ExportOnnx(subject, recipe.export, recipe.quantize, nm))
-        for target in recipe.deploy:
-            stage = BuildEngine(subject, target.runtime, target.params, batch_size)
-            branch.add(stage, f"build_engine.{target.runtime}")
+    _add_engines(branch, nm, batch_size)
     return branch
+
+
+def _add_engines(branch: _Branch, nm: NM | None, batch_size: int) -> None:
+    """The export, the other flavour of it where a target wants that, and an engine of each target."""
+    recipe = branch.recipe
+    if not recipe.deploy:
+        return
+    exported = {"tensorrt": branch.add(ExportOnnx(branch.subject, recipe.export, recipe.quantize, nm)).id}
+    for target in recipe.deploy:
+        wanted = flavour_of(recipe, target)
+        if recipe.quantize is not None and wanted not in exported:
+            branch.at_hand["onnx"] = Ref(exported["tensorrt"], "onnx")
+            stage = ExportFlavour(branch.subject, recipe.export, recipe.quantize, nm, batch_size)
+            exported[wanted] = branch.add(stage).id
+        branch.at_hand["onnx"] = Ref(exported.get(wanted, exported["tensorrt"]), "onnx")
+        engine = BuildEngine(branch.subject, target.runtime, target.params, batch_size, recipe.export)
+        branch.add(engine, f"build_engine.{target.runtime}")
+
+
+def flavour_of(recipe: Recipe, target: Target) -> Literal["tensorrt", "onnxruntime", "none"]:
+    """Where Q/DQ stand in the file a target's engine is built from; "none" where nothing is quantised."""
+    if recipe.quantize is None:
+        return "none"
+    own: Literal["tensorrt", "onnxruntime"] = menu.entry("runtimes", target.runtime).FLAVOUR
+    return target.flavour or own
 
 
 def _add_sensitivity(branch: _Branch, batch_size: int, asked: bool) -> None:
@@ -201,17 +225,33 @@ def _sparse_fit(recipe: Recipe, train: TrainSection, settings: Training) -> Fit:
 
 
 def _race(recipe: Recipe, subject: Subject, branches: list[_Branch], runtime: str, index: int) -> PlannedStep:
-    """The benchmark of one runtime: every model of the waterfall on the first one, the final engines on the others."""
+    """The benchmark of one runtime: every model of the waterfall on the first one, the final engines on the others.
+
+    The first one also runs the dense float model at its lower precision. Without a dense branch the sparse file with
+    dense weights stands in for the twin.
+    """
+    params = recipe.deploy[index].params
+    lower = getattr(menu.entry("runtimes", runtime), "lower_precision", lambda _: None)(params)
     variants: list[Variant] = []
     inputs: dict[str, Ref] = {}
     for branch in branches:
         engine = f"{branch.name}_engine"
-        inputs[engine] = Ref(f"{branch.name}/build_engine.{runtime}", "engine")
+        built = f"{branch.name}/build_engine.{runtime}"
+        inputs[engine] = Ref(built, "engine")
         for row in branch.rows[:-1]:
             if index > 0 and row.label != "dense FP32":
                 continue
-            variants.append(Variant(row.label, row.id, "onnx"))
+            variants.append(Variant(row.label, row.id, "onnx", kept=row.label == "dense FP32"))
             inputs[row.id] = Ref(row.id, "measured_onnx")
+        if len(branches) == 1 and branch.name == "sparse":
+            (source,) = (step.inputs["onnx"] for step in branch.steps if step.id == built)
+            variants.append(Variant(SAME_GRAPH, "sparse_onnx", "dense_weights"))
+            inputs["sparse_onnx"] = source
         variants.append(Variant(branch.rows[-1].label if branch.rows else branch.name, engine, "engine"))
-    stage = BenchmarkEngines(subject, runtime, recipe.deploy[index].params, recipe.benchmark, tuple(variants))
+        if branch.name == "dense" and index == 0 and lower is not None:
+            float_row = [row for row in branch.rows if getattr(row.stage, "quantize", None) is None][-1]
+            at = len(variants) - (float_row is not branch.rows[-1])  # after the float model, before the INT8 one
+            variants.insert(at, Variant(f"dense {lower[0]}", float_row.id, "lower_precision", kept=True))
+            inputs[float_row.id] = Ref(float_row.id, "measured_onnx")
+    stage = BenchmarkEngines(subject, runtime, params, recipe.benchmark, tuple(variants))
     return PlannedStep(f"benchmark/{runtime}", stage, inputs)

@@ -159,6 +159,18 @@ class Quantize(Section):
     residual: bool = Field(
         True, description="Q/DQ on the identity branch of residual adds, so that they fuse into INT8"
     )
+    concat: bool = Field(
+        True, description="Q/DQ with one scale on all inputs of a concatenation that quantised layers read"
+    )
+    pooling: bool = Field(
+        True, description="Q/DQ in front of global average pooling, so that the layer before it writes INT8"
+    )
+    attention: bool = Field(
+        True, description="Q/DQ on both inputs of both products of attention; the softmax stays float"
+    )
+    stream: bool = Field(
+        False, description="Q/DQ on what layers add to a residual stream that LayerNorm reads, so that they write INT8"
+    )
     qat: TrainingOverride | None = Field(None, description="none: post-training quantisation only")
 
 

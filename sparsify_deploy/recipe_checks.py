@@ -7,7 +7,11 @@ from itertools import pairwise
 
 from sparsify_deploy import menu
 from sparsify_deploy.params import n_and_m
+from sparsify_deploy.prediction.gpus import unknown_name
 from sparsify_deploy.recipe import Init, Recipe, Train
+
+LEAST_GATE_BATCH = 32
+"""Below it launches and the bytes of weights hide what 2:4 does: a gate on that would stop every run."""
 
 Mistake = tuple[tuple[str | int, ...], str]
 """The path of a field, and `what, what to do`."""
@@ -15,7 +19,10 @@ Mistake = tuple[tuple[str | int, ...], str]
 
 def mistakes(recipe: Recipe) -> list[Mistake]:
     """What no single section can see."""
-    parts = (_training_mistakes, _mask_mistakes, _nm_mistakes, _distillation_mistakes, _deploy_mistakes, _gate_mistakes)
+    parts = (
+        *(_training_mistakes, _mask_mistakes, _nm_mistakes, _distillation_mistakes),
+        *(_deploy_mistakes, _prediction_mistakes, _gate_mistakes),
+    )
     return [mistake for part in parts for mistake in part(recipe)]
 
 
@@ -121,17 +128,38 @@ def _deploy_mistakes(recipe: Recipe) -> Iterator[Mistake]:
     for i, name in enumerate(names):
         if name in names[:i]:
             yield ("deploy", i, "runtime"), f"{name} is there twice: name each runtime once"
+        if recipe.deploy[i].triton and name == "tensorrt_rtx":
+            yield ("deploy", i, "triton"), "Triton cannot serve its engines, only TensorRT-RTX runs them: remove it"
     if len(set(recipe.benchmark.batch_sizes)) < len(recipe.benchmark.batch_sizes):
         yield ("benchmark", "batch_sizes"), "names a size twice: each once"
     if not recipe.export.dynamic_batch and recipe.benchmark.batch_sizes != (1,):
         yield ("benchmark", "batch_sizes"), "export.dynamic_batch false fixes the batch at 1: give [1]"
 
 
+def _prediction_mistakes(recipe: Recipe) -> Iterator[Mistake]:
+    settings, limit = recipe.prediction, recipe.gates.min_predicted_speedup
+    for i, name in enumerate(settings.gpus):
+        if (unknown := unknown_name(name)) is not None:
+            yield ("prediction", "gpus", i), unknown
+        elif name in settings.gpus[:i]:
+            yield ("prediction", "gpus", i), f"{name} is there twice: name each GPU once"
+    if len(set(settings.batch_sizes)) < len(settings.batch_sizes):
+        yield ("prediction", "batch_sizes"), "names a size twice: each once"
+    if limit is None:
+        return
+    if recipe.nm is None:
+        yield ("gates", "min_predicted_speedup"), "is about what 2:4 gains: add an nm section, or remove it"
+    if not settings.gpus:
+        yield ("prediction", "gpus"), "gates.min_predicted_speedup needs a GPU to predict: name one, such as a100"
+    if max(settings.batch_sizes) < LEAST_GATE_BATCH:
+        text = f"gates.min_predicted_speedup needs a batch of at least {LEAST_GATE_BATCH}: add one, or remove the gate"
+        yield ("prediction", "batch_sizes"), text
+
+
 def _gate_mistakes(recipe: Recipe) -> Iterator[Mistake]:
     gates = recipe.gates
-    for gate in ("max_drop", "min_speedup"):
-        if getattr(gates, gate) is not None and not recipe.dense_branch:
-            yield ("gates", gate), "compares with the dense twin: set dense_branch true, or remove it"
+    if gates.max_drop is not None and not recipe.dense_branch:
+        yield ("gates", "max_drop"), "compares with the dense twin: set dense_branch true, or remove it"
     if gates.min_speedup is not None and not recipe.deploy:
         yield ("gates", "min_speedup"), "needs an engine that is timed: add a deploy section, or remove it"
     metrics = menu.entry("tasks", recipe.task.name).create(recipe.task.params).metrics

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from sparsify_deploy.errors import CorruptArtifact
 from sparsify_deploy.timing import Latency, Race
-from sparsify_deploy.types import Json
+from sparsify_deploy.types import EngineProfile, Json
 
 T = TypeVar("T")
 
@@ -22,7 +22,8 @@ T = TypeVar("T")
 class LayerReport:
     """One layer with constant weights, as the ONNX file holds it. `shape` is `(K, C / groups, *kernel)`.
 
-    `pattern_held` is about the recipe's N:M, `usable` about 2:4, the only pattern that hardware skips.
+    `pattern_held` is about the recipe's N:M, `usable` about 2:4, the only pattern that hardware skips. `violations` of
+    the `blocks` groups of M input channels break N:M. `float_reader` reads its tensor `output` other than in INT8.
     """
 
     name: str
@@ -42,6 +43,10 @@ class LayerReport:
     reason: str
     bytes_stored: int
     bytes_compressed: int
+    violations: int = 0
+    blocks: int = 0
+    float_reader: str = ""
+    output: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,14 +89,87 @@ class ModelReport:
         return sum(layer.bytes_compressed for layer in self.layers)
 
 
+SAME_GRAPH = "same graph, dense weights"
+"""The label of the final sparse file with its zeros replaced: a twin for latency, whose accuracy is unknown."""
+
+
 @dataclass(frozen=True)
 class BenchmarkReport:
-    """The races of one runtime, one a batch size; none and a reason where it cannot run here."""
+    """The races of one runtime, one a batch size; none and a reason where it cannot run here.
+
+    `metrics` holds those of engines that were built for the race alone, over all test examples, by label, `left_out`
+    the variants that could not be raced, with the reason. `profiles` are those of the final engines and their twin, at
+    the first batch size.
+    """
 
     runtime: str
     threads: int
     not_run: str | None
     races: tuple[Race, ...]
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    profiles: dict[str, EngineProfile] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerVerdict:
+    """One weighted layer, from the file to the kernel that ran. `shape` is `(K, C / groups, *kernel)`.
+
+    `violations` of `blocks` groups of M input channels break the pattern. `eligible` and `picked` are the builder's own
+    word, None where it gives none; `picked` is False too where the runtime has no sparse kernels. `kernel` is the one
+    that ran. The times are wall times with the profiler on, None where that cannot tell. `reason` is the first obstacle
+    in this order, or what speaks for the layer; `advice` is what could be done, "" for nothing.
+    """
+
+    layer: str
+    weight: str
+    op: str
+    shape: tuple[int, ...]
+    groups: int
+    precision: str
+    weights: int
+    zeros: int
+    blocks: int
+    violations: int
+    pattern_held: bool
+    shape_rule: bool
+    int8_in: bool
+    int8_out: bool
+    eligible: bool | None
+    picked: bool | None
+    kernel: str
+    dense_ms: float | None
+    sparse_ms: float | None
+    reason: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class LayerChain:
+    """What ran sparse, layer by layer, of one model in one runtime; `runtime` "" where only its file was looked at.
+
+    `twin` is the dense engine whose layer times stand beside, `batch_size` that of both profiles.
+    """
+
+    model: str
+    runtime: str
+    pattern: str
+    layers: tuple[LayerVerdict, ...]
+    twin: str = ""
+    batch_size: int | None = None
+    profiled_runs: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """The model that `deploy/` of the run directory holds; `value` is its metric, taken as `how` says."""
+
+    model: str
+    runtime: str
+    files: tuple[str, ...]
+    value: float
+    how: str
 
 
 @dataclass(frozen=True)
@@ -108,7 +186,10 @@ class Row:
 
 @dataclass(frozen=True)
 class EngineRow:
-    """One engine: its file in the run directory, its size, its accuracy where it can run here."""
+    """One engine: its file in the run directory, its size, its accuracy where it can run here.
+
+    `flavour` is where Q/DQ stand in the ONNX file it was built from, "none" where it has none.
+    """
 
     branch: str
     runtime: str
@@ -118,6 +199,7 @@ class EngineRow:
     metrics: dict[str, float] | None
     label: str
     not_run: str | None
+    flavour: str = "none"
 
 
 @dataclass(frozen=True)
@@ -212,6 +294,35 @@ class SensitivityReport:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What 2:4 was predicted to gain over dense INT8, and over dense FP16, on `target` at one batch size.
+
+    `eligible` of `weighted` layers hold 2:4 in INT8; `share` is theirs of the dense INT8 engine's predicted time. None
+    where that was not predicted. `measured` is the median of a race on that very target, with its 95 % interval.
+    """
+
+    target: str
+    batch_size: int
+    realistic: float
+    ideal: float
+    how: str
+    eligible: int | None = None
+    weighted: int | None = None
+    share: float | None = None
+    realistic_over_fp16: float | None = None
+    ideal_over_fp16: float | None = None
+    measured: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The training loss of a step: (optimizer step, mean loss over the steps since the one before) pairs."""
+
+    step: str
+    losses: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class RunReport:
     """Everything a run found out."""
 
@@ -229,6 +340,10 @@ class RunReport:
     steps: tuple[StepRow, ...] = field(default=())
     sensitivity: SensitivityReport | None = None
     levels: tuple[Level, ...] = ()
+    chains: tuple[LayerChain, ...] = ()
+    shipped: Shipped | None = None
+    curves: tuple[Curve, ...] = ()
+    predictions: tuple[Prediction, ...] = ()
 
     def row(self, label: str) -> Row | None:
         """The row of that label."""
@@ -249,6 +364,11 @@ def load(kind: type[T], path: Path) -> T:
     except ValidationError as error:
         raise CorruptArtifact(f"{path}: not a {kind.__name__}: {error.error_count()} fields differ") from error
     return found
+
+
+def from_json(kind: Any, values: Json) -> Any:
+    """A report's part of that kind from plain JSON values, as a manifest holds them."""
+    return _adapter(kind).validate_python(values)
 
 
 @cache

@@ -5,39 +5,52 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
+from sparsify_deploy import shipping
 from sparsify_deploy.artifacts.digests import DigestCache
-from sparsify_deploy.artifacts.environment import machine
+from sparsify_deploy.artifacts.environment import fact, machine
+from sparsify_deploy.layer_verdict import Known, chain
 from sparsify_deploy.pipeline import Outcome
 from sparsify_deploy.plan import Plan
+from sparsify_deploy.prediction.roofline import Layer
 from sparsify_deploy.reports import (
+    SAME_GRAPH,
     BenchmarkReport,
+    Curve,
     EngineRow,
+    Gate,
+    LayerChain,
+    LayerReport,
     Level,
     ModelReport,
+    Prediction,
     Row,
     RunReport,
     SensitivityReport,
     StepRow,
     dump,
+    from_json,
     load,
 )
+from sparsify_deploy.stages import predictions
 from sparsify_deploy.stages.benchmark import BenchmarkEngines
 from sparsify_deploy.stages.build_engine import BuildEngine, engine_file
 from sparsify_deploy.stages.export_onnx import ExportOnnx
+from sparsify_deploy.stages.flavours import ExportFlavour
 from sparsify_deploy.stages.sensitivity import Sensitivity
 from sparsify_deploy.types import Json
-from sparsify_deploy.verdict import Evidence, gates, verdict
+from sparsify_deploy.verdict import Evidence, choice, gates, value_of, verdict
 
 
 def summarise(plan: Plan, outcomes: Sequence[Outcome], until: str | None) -> RunReport:
     """The report of a run from what its steps left behind."""
     by_id = {outcome.step.id: outcome for outcome in outcomes}
     rows = tuple(_row(by_id, identifier) for identifier in plan.rows if identifier in by_id)
-    engines = tuple(_engine(outcome) for outcome in outcomes if isinstance(outcome.step.stage, BuildEngine))
+    engines = tuple(_engine(outcome, by_id) for outcome in outcomes if isinstance(outcome.step.stage, BuildEngine))
     benchmarks = tuple(
         load(BenchmarkReport, outcome.record.outputs["benchmark"])
         for outcome in outcomes
@@ -47,6 +60,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], until: str | None) -> Run
     metric, direction = _metric(plan, limits.metric)
     dense = [row for row in rows if row.step.startswith("dense/")]
     sparse = [row for row in rows if row.step.startswith("sparse/")]
+    chains = _chains(by_id, rows, "sparse" if sparse else "dense")
     evidence = Evidence(
         metric=metric,
         direction=direction,
@@ -56,7 +70,9 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], until: str | None) -> Run
         engines=engines,
         benchmarks=benchmarks,
         collapsed=tuple(name for outcome in outcomes for name in _collapsed(outcome.record.measured)),
+        chain=next((c for c in chains if benchmarks and c.runtime == benchmarks[0].runtime), None),
     )
+    winner = shipping.find(outcomes, choice(evidence, limits.max_drop))
     return RunReport(
         recipe=plan.recipe.name or "",
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -66,8 +82,10 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], until: str | None) -> Run
         rows=rows,
         engines=engines,
         benchmarks=benchmarks,
-        gates=gates(evidence, limits.model_dump(exclude={"metric"})) if until is None else (),
-        notes=(*(note for outcome in outcomes for note in _notes(outcome)), *_race_notes(benchmarks)),
+        gates=(*gates(evidence, limits.model_dump(exclude={"metric"})), *_predicted_gate(plan, by_id))
+        if until is None
+        else (),
+        notes=(*(note for outcome in outcomes for note in _notes(outcome)), *_race_notes(benchmarks, engines)),
         verdict=verdict(evidence, limits.max_drop),
         steps=tuple(
             StepRow(o.step.id, "ran" if o.ran else "cached", o.record.seconds, o.record.fingerprint, o.why)
@@ -82,7 +100,40 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], until: str | None) -> Run
             None,
         ),
         levels=tuple(level for outcome in outcomes for level in _levels(outcome)),
+        chains=chains,
+        shipped=winner.shipped(*value_of(evidence, winner.label)) if winner is not None else None,
+        predictions=_predictions(plan, by_id, benchmarks, evidence),
+        curves=tuple(curve for outcome in outcomes for curve in _curves(outcome)),
     )
+
+
+def _curves(outcome: Outcome) -> list[Curve]:
+    losses = (outcome.record.measured.get("history") or {}).get("losses", ())
+    return [Curve(outcome.step.id, tuple((step, loss) for step, loss in losses))] if losses else []
+
+
+def _predictions(
+    plan: Plan, by_id: Mapping[str, Outcome], benchmarks: Sequence[BenchmarkReport], evidence: Evidence
+) -> tuple[Prediction, ...]:
+    """What the sparse branch's own file was predicted to gain, beside the race against its dense twin."""
+    layers = _file_layers(by_id)
+    if layers is None or evidence.sparse is None:
+        return ()
+    twin = evidence.dense.label if evidence.dense is not None else SAME_GRAPH
+    return predictions.rows(plan.recipe, layers, benchmarks, fact("gpu"), (evidence.sparse.label, twin))
+
+
+def _file_layers(by_id: Mapping[str, Outcome]) -> tuple[Layer, ...] | None:
+    """The layers of the sparse branch's exported file, as predictions take them."""
+    exported = by_id.get("sparse/export_onnx")
+    return predictions.restored(exported.record.measured) if exported is not None else None
+
+
+def _predicted_gate(plan: Plan, by_id: Mapping[str, Outcome]) -> tuple[Gate, ...]:
+    """The gate that let the run begin, on the file it ended in."""
+    layers = _file_layers(by_id)
+    found = predictions.gate(plan.recipe, layers) if layers is not None else None
+    return (found,) if found is not None else ()
 
 
 def _metric(plan: Plan, asked: str | None) -> tuple[str, Literal["higher", "lower"]]:
@@ -106,6 +157,34 @@ def _row(by_id: Mapping[str, Outcome], identifier: str) -> Row:
         flops=cost["relative_training_flops"] if cost else None,
         train_s=cost.get("train_s") if cost else None,
     )
+
+
+def _chains(by_id: Mapping[str, Outcome], rows: Sequence[Row], branch: str) -> tuple[LayerChain, ...]:
+    """What ran sparse in each engine of a branch, layer by layer; without engines, its last model's file."""
+    found = []
+    for outcome in by_id.values():
+        stage, facts = outcome.step.stage, outcome.record.measured
+        if not isinstance(stage, BuildEngine) or outcome.step.branch != branch or "file_layers" not in facts:
+            continue
+        layers: tuple[LayerReport, ...] = from_json(tuple[LayerReport, ...], facts["file_layers"])
+        known = Known(runtime=stage.runtime, facts=facts["build"].get("facts", {}))
+        label, twin, race = rows[-1].label, "", by_id.get(f"benchmark/{stage.runtime}")
+        if race is not None and isinstance(race.step.stage, BenchmarkEngines):
+            variants = race.step.stage.variants
+            label = next(v.label for v in variants if v.source == f"{branch}_engine")
+            others = [v.label for v in variants if v.label == SAME_GRAPH or v.source == "dense_engine"]
+            twin = next((other for other in others if other != label), "")
+            timed = load(BenchmarkReport, race.record.outputs["benchmark"])
+            known = replace(
+                known,
+                dense=timed.profiles.get(twin),
+                sparse=timed.profiles.get(label),
+                batch_size=timed.races[0].batch_size if timed.races else None,
+            )
+        found.append(chain(label, layers, known, twin))
+    if not found and rows:
+        found.append(chain(rows[-1].label, rows[-1].model.layers, Known()))
+    return tuple(found)
 
 
 def _levels(outcome: Outcome) -> list[Level]:
@@ -136,7 +215,7 @@ def _repeats(note: str, collapsed: Sequence[str]) -> bool:
     return start == "layer collapse:" and {n.removesuffix(".weight") for n in layers.split(", ")} <= {*collapsed}
 
 
-def _engine(outcome: Outcome) -> EngineRow:
+def _engine(outcome: Outcome, by_id: Mapping[str, Outcome]) -> EngineRow:
     stage = outcome.step.stage
     assert isinstance(stage, BuildEngine)
     facts = outcome.record.measured
@@ -149,6 +228,7 @@ def _engine(outcome: Outcome) -> EngineRow:
         metrics=facts.get("metrics"),
         label=facts["build"]["label"],
         not_run=facts.get("not_run"),
+        flavour=by_id[outcome.step.inputs["onnx"].step].record.measured.get("flavour", "none"),
     )
 
 
@@ -178,6 +258,13 @@ def _notes(outcome: Outcome) -> list[str]:
         )
     if permutation := facts.get("permutation"):
         notes += _permutation_notes(name, facts["pattern"], permutation)
+    if between := facts.get("between_flavours"):
+        notes.append(
+            f"{name}: {len(facts['outputs_with_measured_range'])} outputs without a trained scale are quantised by "
+            f"their range over {facts['calibration_batches']} calibration batches; this file and the one for TensorRT "
+            f"differ by {between['max_relative']:.1e} of the largest output"
+        )
+    notes += [f"{name}: {layer} runs in float: {why}" for layer, why in facts.get("float_layers", {}).items()]
     own = (facts.get("history") or {}).get("notes", ())
     notes += [f"{name}: {note}" for note in own if not _repeats(note, collapsed)]
     layers: Sequence[Mapping[str, Json]] = facts.get("layers", ())
@@ -189,6 +276,8 @@ def _notes(outcome: Outcome) -> list[str]:
         for row in facts.get("placement", ())
         if not row["quantised"]
     ]
+    if reason := facts.get("not_predicted"):
+        notes.append(f"{name}: nothing predicted: {reason}")
     if reason := facts.get("not_run"):
         notes.append(f"{name}: not run here: {reason}")
     return notes
@@ -209,18 +298,26 @@ def _permutation_notes(name: str, pattern: str, facts: Mapping[str, Json]) -> li
     return [won, *(f"{name}: {row['layer']} not permuted: {row['reason']}" for row in left)]
 
 
-def _race_notes(benchmarks: Sequence[BenchmarkReport]) -> list[str]:
+def _race_notes(benchmarks: Sequence[BenchmarkReport], engines: Sequence[EngineRow]) -> list[str]:
     """Where a runtime made an INT8 model slower than the float one it came from, and the usual reason."""
     notes = []
+    foreign = {e.runtime for e in engines if e.runtime == "onnxruntime" and e.flavour == "tensorrt"}
     for benchmark in benchmarks:
+        notes += [
+            f"benchmark/{benchmark.runtime}: {label} not raced: {why}" for label, why in benchmark.left_out.items()
+        ]
         for race in benchmark.races:
             for label in race.labels[1:]:
-                if not label.endswith("INT8") or (found := race.compare(label, race.labels[0])).claim != "slower":
+                if (
+                    not label.endswith("INT8")
+                    or race.labels[0] == SAME_GRAPH
+                    or (found := race.compare(label, race.labels[0])).claim != "slower"
+                ):
                     continue
                 notes.append(
                     f"benchmark/{benchmark.runtime}: {label} is {found.median:.2f}x of {race.labels[0]} at batch "
                     f"{race.batch_size}, slower: this file's Q/DQ is placed for TensorRT and OpenVINO"
-                    if benchmark.runtime == "onnxruntime"
+                    if benchmark.runtime in foreign
                     else f"benchmark/{benchmark.runtime}: {label} is slower than {race.labels[0]} at batch "
                     f"{race.batch_size} ({found.median:.2f}x)"
                 )
@@ -235,20 +332,33 @@ def publish(
     digests: DigestCache,
     *,
     sets: Sequence[str] = (),
+    plan: Plan | None = None,
 ) -> None:
-    """Write the reports, copy ONNX files, engines and the recipe; what is there with the same bytes stays."""
+    """Write the reports, copy ONNX files, engines and the recipe; what is there with the same bytes stays.
+
+    `plan` is the one whose Triton model repositories are written as well.
+    """
+    from sparsify_deploy.page import fingerprint, is_current, page
     from sparsify_deploy.tables import markdown
 
     folder.mkdir(parents=True, exist_ok=True)
     for outcome in outcomes:
         if isinstance(outcome.step.stage, ExportOnnx):
             _copy_onnx(outcome, folder / "onnx" / outcome.step.branch / "model.onnx", digests)
+        if isinstance(outcome.step.stage, ExportFlavour):
+            _copy_onnx(outcome, folder / "onnx" / outcome.step.branch / "model.onnxruntime.onnx", digests)
         if isinstance(outcome.step.stage, BuildEngine):
             target = (folder / _published(outcome)).parent
             if not target.is_dir() or digests.digest(target) != outcome.record.digests["engine"]:
                 _replace_folder(outcome.record.outputs["engine"], target)
+    shipping.publish(folder, report, outcomes, digests)
     _replace_file(folder / "report.json", dump(report))
     _replace_file(folder / "report.md", markdown(report))
+    shown = fingerprint(report)
+    if not is_current(folder / "report.html", shown):
+        _replace_file(folder / "report.html", page(report, shown))
+    if plan is not None:
+        shipping.serve(folder / "triton", plan, report, outcomes, digests)
     text = recipe.read_text(encoding="utf-8") + "".join(f"# run with --set {change}\n" for change in sets)
     _replace_file(folder / "recipe.yaml", text)
 

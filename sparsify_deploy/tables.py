@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from sparsify_deploy.reports import BenchmarkReport, LayerSensitivity, Row, RunReport, Score, SensitivityReport
+from sparsify_deploy.layer_verdict import NAMES
+from sparsify_deploy.prediction.roofline import LABEL, GpuForecast
+from sparsify_deploy.reports import (
+    BenchmarkReport,
+    LayerChain,
+    LayerSensitivity,
+    Row,
+    RunReport,
+    Score,
+    SensitivityReport,
+)
 from sparsify_deploy.timing import Race
+from sparsify_deploy.types import EngineProfile
+from sparsify_deploy.verdict import SPARSE_KERNELS
 
 
 @dataclass(frozen=True)
@@ -27,8 +39,9 @@ def tables(report: RunReport) -> tuple[Table, ...]:
         *levels(report),
         engines(report),
         *races(report.benchmarks),
-        layers(report),
+        *layers(report),
         *measured,
+        predictions(report),
         gates(report),
     )
     return tuple(table for table in found if table.rows)
@@ -172,6 +185,7 @@ def engines(report: RunReport) -> Table:
         (
             engine.file,
             f"{engine.runtime} {engine.version}",
+            engine.flavour,
             kib(engine.bytes),
             f"{engine.metrics[report.metric]:.4f}" if engine.metrics else "-",
             engine.label or "built and run here",
@@ -180,10 +194,17 @@ def engines(report: RunReport) -> Table:
     )
     return Table(
         "Engines",
-        ("file", "runtime", "size", report.metric, "state"),
+        ("file", "runtime", "Q/DQ for", "size", report.metric, "state"),
         rows,
-        f"{report.metric}: computed by the engine itself, all test examples. Files are in the run directory.",
+        f"{report.metric}: computed by the engine itself, all test examples. Files are in the run directory; "
+        + _deploy(report),
     )
+
+
+def _deploy(report: RunReport) -> str:
+    if report.shipped is None:
+        return "there is no deploy/, for the verdict recommends no model."
+    return f"deploy/ holds what the verdict ships: {report.shipped.model} for {report.shipped.runtime}."
 
 
 def races(benchmarks: Sequence[BenchmarkReport]) -> tuple[Table, ...]:
@@ -221,30 +242,87 @@ def race_table(runtime: str, race: Race) -> Table:
     )
 
 
-def layers(report: RunReport) -> Table:
-    """One row a layer of the final model: whether it is, or could be, 2:4-sparse INT8, and why."""
-    if not report.rows:
-        return Table("Layers", (), ())
-    final = report.rows[-1]
+def layers(report: RunReport) -> tuple[Table, ...]:
+    """What ran sparse in the first runtime, and in every other one that has sparse kernels."""
+    shown = [c for i, c in enumerate(report.chains) if i == 0 or SPARSE_KERNELS.get(c.runtime, True)]
+    others = [NAMES.get(c.runtime, c.runtime) for c in report.chains if c not in shown]
+    found = [layer_table(chain) for chain in shown]
+    if others and found:
+        more = f" The same for {' and '.join(others)} stands in report.json."
+        found[-1] = replace(found[-1], how=found[-1].how + more)
+    return tuple(found)
+
+
+_TOLD = {True: "yes", False: "no", None: "not told"}
+
+
+def layer_table(chain: LayerChain) -> Table:
+    """One row a layer: from the final values in the file to the kernel that ran, and the first obstacle."""
+    timed = any(row.sparse_ms is not None or row.dense_ms is not None for row in chain.layers)
+    columns = ["layer", "shape", chain.pattern, "shape rule", "INT8 in / out"]
+    columns += ["eligible / picked", "kernel"] if chain.runtime else []
+    columns += ["dense / sparse ms"] if timed else []
+    rows = []
+    for row in chain.layers:
+        cells = [
+            row.layer,
+            "x".join(map(str, row.shape)) + (f", {row.groups} groups" if row.groups != 1 else ""),
+            "held"
+            if row.pattern_held
+            else f"{row.violations}/{row.blocks} break it"
+            if row.violations
+            else "does not fit",
+            "yes" if row.shape_rule else "no",
+            f"{_TOLD[row.int8_in]} / {_TOLD[row.int8_out]}" if row.precision == "INT8" else f"- ({row.precision})",
+        ]
+        cells += [f"{_TOLD[row.eligible]} / {_TOLD[row.picked]}", row.kernel or "-"] if chain.runtime else []
+        cells += [f"{_ms(row.dense_ms)} / {_ms(row.sparse_ms)}"] if timed else []
+        rows.append((*cells, row.reason, row.advice or "-"))
+    ran = [row.picked for row in chain.layers]
+    held = sum(row.pattern_held for row in chain.layers)
+    title = f"What ran sparse, layer by layer: {chain.model}"
+    if chain.runtime:
+        told = "not told" if None in ran and not any(ran) else f"{sum(bool(r) for r in ran)} of {len(ran)}"
+        title += f" in {NAMES.get(chain.runtime, chain.runtime)}: {told}"
+    title += f"; {held} of {len(chain.layers)} hold {chain.pattern}"
+    return Table(title, (*columns, "why", "advice"), tuple(rows), " ".join(_how_judged(chain, timed)))
+
+
+def profile_table(name: str, profile: EngineProfile) -> Table:
+    """One row an engine layer, the slowest first."""
+    whole = sum(layer.ms for layer in profile.layers) or 1.0
     rows = tuple(
-        (
-            layer.weight,
-            "x".join(map(str, layer.shape)),
-            layer.precision,
-            ("in+out" if layer.int8_in and layer.int8_out else "in" if layer.int8_in else "-"),
-            f"{layer.zeros / layer.weights:.0%}",
-            "yes" if layer.pattern_held else "no",
-            layer.reason,
+        (layer.name, layer.kernel, layer.precision or "-", f"{layer.ms:.4f}", f"{layer.ms / whole:.0%}")
+        for layer in sorted(profile.layers, key=lambda layer: -layer.ms)
+    )
+    how = f"Profiler on, wall time, batch 1 or the engine's own, mean over {profile.runs} runs. {profile.note}"
+    return Table(f"Where {name} spends its time", ("layer", "kernel", "precision", "ms", "share"), rows, how.strip())
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _how_judged(chain: LayerChain, timed: bool) -> Iterator[str]:
+    yield (
+        f"{chain.pattern}, shape rule (C_out % 8, C_in % 16) and INT8 in / out: read off the final ONNX file; they say "
+        "whether hardware could use it (that INT8 on both sides is needed is likely, not proven)."
+    )
+    if chain.runtime:
+        name = NAMES.get(chain.runtime, chain.runtime)
+        if SPARSE_KERNELS.get(chain.runtime, True):
+            yield f"Eligible, picked: the word of {name}'s builder. Kernel: what ran."
+        else:
+            yield f"Eligible, picked: {name} says nothing of sparse kernels" + (
+                "." if any(row.picked is None for row in chain.layers) else ", for it has none. Kernel: what ran."
+            )
+    if timed:
+        both = f"{chain.twin} / {chain.model}" if chain.twin else f"no dense twin / {chain.model}"
+        yield (
+            f"ms: {both}, profiler on, wall time, batch {chain.batch_size}, mean over {chain.profiled_runs} runs: it "
+            "slows layers down, so no speed-up is claimed from them."
         )
-        for layer in final.model.layers
-    )
-    held = sum(layer.pattern_held for layer in final.model.layers)
-    return Table(
-        f"Layers of {final.label}: {held} of {len(rows)} hold the pattern",
-        ("weight", "shape", "precision", "INT8", "zeros", "pattern held", "eligibility by shape"),
-        rows,
-        "Read off the final ONNX file. The builder's own word on what ran sparse needs TensorRT on a GPU.",
-    )
+    yield from chain.notes
 
 
 def sensitivity(found: SensitivityReport) -> Table:
@@ -325,6 +403,89 @@ def _loses(found: SensitivityReport, score: Score | None) -> bool:
     return score is not None and score.drop > 0 and score.loss_increase > LEAST_LOSS * abs(found.baseline_loss)
 
 
+def predictions(report: RunReport) -> Table:
+    """What 2:4 was predicted to gain, beside what a race on the same device measured."""
+    rows = tuple(
+        (
+            row.target,
+            str(row.batch_size),
+            f"{row.eligible} of {row.weighted}" if row.eligible is not None else "-",
+            f"{row.share:.0%}" if row.share is not None else "-",
+            _between(row.realistic, row.ideal),
+            _between(row.realistic_over_fp16, row.ideal_over_fp16),
+            "{:.2f}x [{:.2f}, {:.2f}]".format(*row.measured) if row.measured is not None else "not measured here",
+            row.how,
+        )
+        for row in report.predictions
+    )
+    columns = ("target", "batch", "2:4 layers", "of the time", "predicted over dense INT8", "over dense FP16")
+    return Table(
+        "Predicted and measured gain of 2:4 INT8",
+        (*columns, "measured over dense INT8", "how predicted"),
+        rows,
+        "Predicted, not measured: from realistic (1.3x arithmetic) to ideal (2x); a layer takes the longer of maths at "
+        "70 % of the peak and bytes at 85 % of the bandwidth, and 2 us. Estimates, not bounds.",
+    )
+
+
+def forecasts(found: Sequence[GpuForecast], most: int = 8) -> tuple[Table, ...]:
+    """What a network would gain on each GPU, then the `most` slowest layers of each at the largest batch size."""
+    rows = tuple(
+        (
+            one.gpu,
+            str(one.batch_size),
+            f"{one.eligible} of {one.weighted}",
+            f"{one.share:.0%}",
+            f"{one.us['int8'] / 1000:.3f}",
+            _between(one.gain("realistic"), one.gain("ideal")),
+            _between(one.gain("realistic", "fp16"), one.gain("ideal", "fp16")),
+        )
+        for one in found
+    )
+    columns = ("GPU", "batch", "2:4 layers", "of the time", "dense INT8 ms", "2:4 over dense INT8", "over dense FP16")
+    how = (
+        f"All {LABEL}, nothing measured: from realistic (1.3x arithmetic) to ideal (2x); a layer takes the longer of "
+        "maths at 70 % of the peak and bytes at 85 % of the bandwidth, and 2 us; all Conv and Linear in INT8, the rest "
+        "in FP16; elementwise work fused, attention one kernel. Estimates, not bounds."
+    )
+    largest = {one.gpu: one for one in sorted(found, key=lambda one: one.batch_size)}
+    return (
+        *([Table("Predicted gain of 2:4", columns, rows, how)] if rows else []),
+        *(_slowest(one, most) for one in largest.values()),
+    )
+
+
+def _slowest(found: GpuForecast, most: int) -> Table:
+    """The slowest layers of the dense INT8 engine, and one row for the rest."""
+    order = sorted(found.layers, key=lambda row: -row.us)
+    rows = [
+        (
+            row.name,
+            row.op,
+            f"{row.share:.1%}",
+            row.bound,
+            "yes" if row.eligible else "no",
+            f"{row.ideal:.2f}x",
+            row.reason,
+        )
+        for row in order[:most]
+    ]
+    if rest := order[most:]:
+        share, ideal = sum(row.share for row in rest), sum(row.us / row.ideal for row in rest)
+        gain = f"{sum(row.us for row in rest) / ideal:.2f}x"
+        eligible = sum(row.eligible for row in rest)
+        rows.append((f"{len(rest)} more", "", f"{share:.1%}", "", f"{eligible} yes", gain, "all of them with --json"))
+    return Table(
+        f"Slowest layers on {found.gpu} at batch {found.batch_size}, {LABEL}",
+        ("layer", "op", "of the time", "bound by", "2:4", "ideal gain", "reason"),
+        tuple(rows),
+    )
+
+
+def _between(low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else f"{low:.2f}x" if low == high else f"{low:.2f}x to {high:.2f}x"
+
+
 def gates(report: RunReport) -> Table:
     """The recipe's limits."""
     rows = tuple(
@@ -337,4 +498,4 @@ def gates(report: RunReport) -> Table:
         )
         for gate in report.gates
     )
-    return Table("Gates", ("gate", "limit", "measured", "", "how"), rows)
+    return Table("Gates", ("gate", "limit", "found", "", "how"), rows)

@@ -7,6 +7,10 @@ is claimed. On shared CPUs the process's CPU time on one thread is steadier than
 
 from __future__ import annotations
 
+import os
+import shutil
+import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from sparsify_deploy.types import Session
+    from sparsify_deploy.types import Arrays, Session
 
 Clock: TypeAlias = Literal["wall time", "process CPU time", "device time"]
 """What was read: process CPU time is that of all threads of this process, device time the GPU's own events."""
@@ -99,6 +103,69 @@ class Race:
             if (found.label, found.baseline) == (label, baseline):
                 return found
         raise KeyError(f"{label!r} was not raced against {baseline!r}")
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What the engine's time leaves out, ms of wall time, medians: copying inputs in and outputs out."""
+
+    label: str
+    batch_size: int
+    bind_ms: float
+    fetch_ms: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What else went on while something was timed: the load average over a minute, None where the system has none,
+    and the GPUs' clocks, "" without a GPU. Nothing here locks clocks."""
+
+    load: float | None
+    gpu_clocks: str
+
+
+def copies(
+    session: Session,
+    inputs: Arrays,
+    label: str,
+    batch_size: int,
+    *,
+    times: int = 10,
+    wall: Callable[[], int] = time.perf_counter_ns,
+) -> Copies:
+    """Time `bind` and `fetch` of a session, which is left with `inputs` bound."""
+    bound, fetched = [], []
+    for _ in range(times):
+        start = wall()
+        session.bind(inputs)
+        bound.append((wall() - start) / 1e6)
+        session.execute()
+        start = wall()
+        session.fetch()
+        fetched.append((wall() - start) / 1e6)
+    return Copies(label, batch_size, statistics.median(bound), statistics.median(fetched), times)
+
+
+def surroundings() -> Surroundings:
+    """The machine's state as it is now."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return Surroundings(load, _gpu_clocks())
+
+
+def _gpu_clocks() -> str:
+    """`1410 MHz SM, 1215 MHz memory, not locked` for every GPU that nvidia-smi knows."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    command = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unknown: nvidia-smi: {type(error).__name__}"
+    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+    if done.returncode != 0:
+        return ""
+    return "; ".join(f"{row[0]} MHz SM, {row[1]} MHz memory, not locked" for row in rows if len(row) == 2)
 
 
 def measure(

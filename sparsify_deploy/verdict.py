@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from sparsify_deploy.reports import BenchmarkReport, EngineRow, Gate, Row
+from sparsify_deploy.reports import SAME_GRAPH, BenchmarkReport, EngineRow, Gate, LayerChain, Row
 from sparsify_deploy.timing import Comparison, Race
 
 SPARSE_KERNELS = {"openvino": False, "onnxruntime": False, "tensorrt": True, "tensorrt_rtx": False}
@@ -25,6 +25,7 @@ class Evidence:
     engines: tuple[EngineRow, ...]
     benchmarks: tuple[BenchmarkReport, ...]
     collapsed: tuple[str, ...] = ()
+    chain: LayerChain | None = None
 
     @property
     def race(self) -> Race | None:
@@ -55,7 +56,8 @@ def gates(evidence: Evidence, limits: Mapping[str, float | None]) -> tuple[Gate,
         found.append(Gate("max_drop", limit, drop, None if drop is None else drop <= limit, how))
     if (limit := limits.get("min_speedup")) is not None:
         ratio = twin(evidence)
-        how = "median ratio to the dense twin, interleaved, first runtime and batch size"
+        other = "the dense twin" if evidence.dense else f"the {SAME_GRAPH}"
+        how = f"median ratio to {other}, interleaved, first runtime and batch size"
         found.append(
             Gate(
                 "min_speedup",
@@ -73,10 +75,13 @@ def gates(evidence: Evidence, limits: Mapping[str, float | None]) -> tuple[Gate,
 
 
 def twin(evidence: Evidence) -> Comparison | None:
-    """The final sparse model against the final dense one."""
-    if evidence.race is None or evidence.dense is None or evidence.sparse is None:
+    """The final sparse model against the final dense one, or without that against its own graph with dense weights."""
+    if evidence.race is None or evidence.sparse is None:
         return None
-    return evidence.race.compare(evidence.sparse.label, evidence.dense.label)
+    other = evidence.dense.label if evidence.dense is not None else SAME_GRAPH
+    if not {other, evidence.sparse.label} <= {*evidence.race.labels}:
+        return None
+    return evidence.race.compare(evidence.sparse.label, other)
 
 
 def verdict(evidence: Evidence, max_drop: float | None) -> str:
@@ -102,21 +107,52 @@ def _why_no_race(evidence: Evidence) -> str:
     return f"{evidence.benchmarks[0].runtime} cannot run here ({evidence.benchmarks[0].not_run})"
 
 
+def choice(evidence: Evidence, max_drop: float | None) -> str | None:
+    """The simplest model that holds the accuracy gate and that no other acceptable one beats beyond the noise.
+
+    None where nothing was raced, where there is no dense twin to compare with, or where none holds the gate.
+    """
+    race, chosen = evidence.race, None
+    if race is None or evidence.dense_start is None:
+        return None
+    for label, value in candidates(evidence).items():
+        drop = evidence.drop(value)
+        if label not in race.labels or (max_drop is not None and drop is not None and drop > max_drop):
+            continue
+        if chosen is None or race.compare(label, chosen).claim == "faster":
+            chosen = label
+    return chosen
+
+
+def candidates(evidence: Evidence) -> dict[str, float]:
+    """What could be shipped, the simplest first, with the metric; engines of lower precision by their own."""
+    found: dict[str, float] = {}
+    if evidence.dense_start is not None:
+        found[evidence.dense_start.label] = evidence.value(evidence.dense_start)
+    raced = evidence.benchmarks[0].metrics if evidence.benchmarks else {}
+    found |= {label: metrics[evidence.metric] for label, metrics in raced.items()}
+    for row, branch in ((evidence.dense, "dense"), (evidence.sparse, "sparse")):
+        if row is not None:
+            found.setdefault(row.label, evidence.value(row, branch))
+    return found
+
+
+def value_of(evidence: Evidence, label: str) -> tuple[float, str]:
+    """A candidate's metric and on what it was taken."""
+    raced = evidence.benchmarks[0].metrics if evidence.benchmarks else {}
+    finals = ((evidence.dense, "dense"), (evidence.sparse, "sparse"))
+    branch = next((name for row, name in finals if row is not None and row.label == label), None)
+    if evidence.dense_start is not None and evidence.dense_start.label == label:
+        branch = None
+    by_engine = label in raced or any(e.branch == branch and e.metrics is not None for e in evidence.engines)
+    how = "the engine itself" if by_engine else "the same model in torch"
+    return candidates(evidence)[label], f"all test examples, {how}"
+
+
 def _choice(evidence: Evidence, max_drop: float | None) -> str:
-    """The simplest model that holds the accuracy gate and that no other acceptable one beats beyond the noise."""
-    race = evidence.race
-    assert race is not None
     if evidence.dense_start is None:
-        return "no recommendation, for there is no dense twin to compare with (dense_branch is off)"
-    chosen: str | None = None
-    for row, branch in ((evidence.dense_start, None), (evidence.dense, "dense"), (evidence.sparse, "sparse")):
-        if row is None or row.label not in race.labels:
-            continue
-        drop = evidence.drop(evidence.value(row, branch))
-        if max_drop is not None and drop is not None and drop > max_drop:
-            continue
-        if chosen is None or (row.label != chosen and race.compare(row.label, chosen).claim == "faster"):
-            chosen = row.label
+        return "no recommendation, for there is no dense twin whose accuracy is known (dense_branch is off)"
+    chosen = choice(evidence, max_drop)
     return f"ship the {chosen} model" if chosen else "no model holds the accuracy gate"
 
 
@@ -147,16 +183,31 @@ def _sparse(evidence: Evidence) -> str:
     held = sum(layer.usable for layer in evidence.sparse.model.layers)
     total = len(evidence.sparse.model.layers)
     runtime = evidence.benchmarks[0].runtime
+    unknown = " (its accuracy is unknown)" if found.baseline == SAME_GRAPH else ""
+    other = f"the {SAME_GRAPH}{unknown}" if unknown else "its dense twin"
     if found.claim == "faster":
-        text = f"the sparse model against its dense twin is {times(found)}"
+        text = f"the sparse model against {other} is {times(found)}"
+    elif found.claim == "slower" and SPARSE_KERNELS[runtime]:
+        text = f"sparsity makes it slower on this runtime, against {other} ({times(found)})"
     else:
+        against = f", against {other}" if unknown else ""
         why = "" if SPARSE_KERNELS[runtime] else f", {runtime} has no sparse kernels"
-        text = f"sparsity adds no speed on this runtime ({times(found)}{why})"
+        text = f"sparsity adds no speed on this runtime ({times(found)}{against}{why})"
     if not held:
         return text + f"; 0 of {total} layers hold 2:4, so no hardware can use it"
+    if SPARSE_KERNELS[runtime]:
+        return text + f"; {held} of {total} layers hold 2:4, {_picked(evidence)}"
     return (
         text + f"; {held} of {total} layers hold 2:4, what that gains on an Ampere or Hopper GPU was not measured here"
     )
+
+
+def _picked(evidence: Evidence) -> str:
+    """How many layers the builder runs sparse, by its own word."""
+    told = [layer.picked for layer in evidence.chain.layers if layer.picked is not None] if evidence.chain else []
+    if not told:
+        return "the builder did not tell which of them run sparse"
+    return f"the builder picked sparse kernels for {sum(told)}"
 
 
 def times(found: Comparison) -> str:

@@ -13,8 +13,11 @@ from sparsify_deploy.errors import DataError, UsageError
 from sparsify_deploy.interrupt import stoppable
 from sparsify_deploy.plan import Plan
 from sparsify_deploy.plan import plan as plan_of
+from sparsify_deploy.prediction.gpus import chosen
+from sparsify_deploy.prediction.roofline import GpuForecast
 from sparsify_deploy.recipe import Recipe
-from sparsify_deploy.reports import RunReport, SensitivityReport, load
+from sparsify_deploy.reports import Gate, RunReport, SensitivityReport, load
+from sparsify_deploy.stages import predictions
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.project_nm import LayerForecast, forecast_layers
 from sparsify_deploy.summary import publish, summarise
@@ -29,6 +32,10 @@ class Forecast:
     layers: tuple[LayerForecast, ...]
     missing: tuple[str, ...]
     keep_worst_dense: int = 0
+    predicted: tuple[GpuForecast, ...] = ()
+    unskipped: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    gate: Gate | None = None
 
 
 @dataclass(frozen=True)
@@ -52,15 +59,16 @@ class Workspace:
         until: str | None = None,
         again: Sequence[str] = (),
     ) -> RunReport:
-        """Bring the plan up to date and write `report.json`, `report.md` and the engines into the run directory."""
+        """Bring the plan up to date and write the reports and the engines into the run directory."""
         for name in (*again, *filter(None, (start, until))):
             pipeline.selected(self.plan, name)
+        self._check_predicted()
         with self.store.lock(), stoppable() as stop_requested:
             context = Context(progress, checkpoint_every_s, self.recipe.threads, device, stop_requested)
             outcomes = pipeline.run(self.plan, self.store, context, again=again, start=start, until=until)
             outcomes += self._sensitivity_known(outcomes)
             report = summarise(self.plan, outcomes, until)
-            publish(self.folder, report, outcomes, self.source, self.store.digests, sets=self.sets)
+            publish(self.folder, report, outcomes, self.source, self.store.digests, sets=self.sets, plan=self.plan)
         return report
 
     def sensitivity(self, progress: Progress, *, device: str) -> SensitivityReport:
@@ -78,7 +86,7 @@ class Workspace:
                 if status.record is not None
             ]
             report = summarise(whole, outcomes, None if len(outcomes) == len(whole.steps) else "sensitivity")
-            publish(self.folder, report, outcomes, self.source, self.store.digests, sets=self.sets)
+            publish(self.folder, report, outcomes, self.source, self.store.digests, sets=self.sets, plan=whole)
         assert report.sensitivity is not None
         return report.sensitivity
 
@@ -96,8 +104,29 @@ class Workspace:
         chosen = pipeline.selected(self.plan, stage) if stage is not None else None
         return [s for s in pipeline.survey(self.plan, self.store) if chosen is None or s.step.id in chosen]
 
-    def forecast(self) -> Forecast:
-        """The dry run. Where torch or the data are missing, estimates are missing too, and it says so."""
+    def _check_predicted(self) -> None:
+        """Before any stage: `CheckFailed` where `gates.min_predicted_speedup` is not met.
+
+        What a finished export knows of its layers is not worked out again, so that a re-run needs no torch.
+        """
+        if self.recipe.gates.min_predicted_speedup is None:
+            return
+        records = {s.step.id: s.record for s in pipeline.survey(self.plan, self.store)}
+        exported = records.get("sparse/export_onnx")
+        layers = predictions.restored(exported.measured) if exported is not None else None
+        if layers is None:
+            from sparsify_deploy.stages.workloads import recipe_layers
+
+            layers = recipe_layers(self.plan.subject, self.recipe.nm, self.recipe.quantize)
+        predictions.check_gate(self.recipe, layers)
+
+    def forecast(self, gpus: Sequence[str] = (), batch_sizes: Sequence[int] = ()) -> Forecast:
+        """The dry run. Where torch or the data are missing, estimates are missing too, and it says so.
+
+        `gpus`, names or files of GPUs, and `batch_sizes` stand in for those of the recipe in what is predicted.
+        """
+        settings = self.recipe.prediction
+        targets = chosen(gpus or settings.gpus)
         steps = pipeline.survey(self.plan, self.store)
         pending = [s for s in steps if s.state != "cached"]
         missing = tuple(dict.fromkeys(line for s in pending for line in s.step.stage.unmet()))
@@ -105,7 +134,23 @@ class Workspace:
         estimates = [s.step.stage.estimate() if able and s.state != "cached" else None for s in steps]
         layers = forecast_layers(self.plan.subject, self.recipe.nm) if able else ()
         worst = self.recipe.nm.keep_worst_dense if self.recipe.nm else 0
-        return Forecast(tuple(zip(steps, estimates, strict=True)), layers, missing, worst)
+        shown = tuple(zip(steps, estimates, strict=True))
+        if not able:
+            return Forecast(shown, layers, missing, worst)
+        from sparsify_deploy.stages.workloads import recipe_layers
+
+        found = recipe_layers(self.plan.subject, self.recipe.nm, self.recipe.quantize)
+        predicted = predictions.forecasts(found, targets, batch_sizes or settings.batch_sizes)
+        return Forecast(
+            shown,
+            layers,
+            missing,
+            worst,
+            predicted,
+            predictions.unskipped(self.recipe),
+            predictions.warnings(self.recipe, found, predicted),
+            predictions.gate(self.recipe, found),
+        )
 
 
 def open_run(

@@ -1,1 +1,1 @@
-"""What `benchmarks/methods.py` is made of: grids of recipes, worker processes, tables and claims."""
+"""What the scripts of `benchmarks/` share: ratios, and for `methods.py` grids, worker processes, tables and claims."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sparsify_deploy.errors import ModelError
 from sparsify_deploy.graph import file
+from sparsify_deploy.graph.quantizers import place_quantizers_
 from sparsify_deploy.graph.tidy import tidy_
 from sparsify_deploy.types import outputs_of
 
@@ -77,6 +78,7 @@ def export(
             part.training = mode
     written = file.load(path)
     tidy_(written)
+    place_quantizers_(written)
     file.check(written, path)
     file.save(written, path)
 

@@ -40,6 +40,11 @@ def rule_of_thumb(shape: Sequence[int], groups: int, m: int) -> Answer:
     return Answer(True, f"C_out {outputs} is a multiple of 8 and C_in {channels} of 16")
 
 
+def next_multiple(count: int, m: int) -> int:
+    """The smallest multiple of `m` that is not below `count`."""
+    return -(-count // m) * m
+
+
 def int8_advice(shape: Sequence[int]) -> Answer:
     """Whether C fills the 32-channel halves of the sparse INT8 MMA (k = 64): our inference, hence "may"."""
     channels = shape[1]

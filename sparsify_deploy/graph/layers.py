@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-_MOVES = ("Identity", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
-_FUSED = ("Relu", "Clip", "LeakyRelu", "MaxPool", *_MOVES)
+_MOVES = ("Identity", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice", "Gather")
+_FUSED = ("Relu", "Clip", "LeakyRelu", "MaxPool", "Concat", *_MOVES)
+_GELU = ("Div", "Erf", "Add", "Mul", "Mul")
+"""The operators of GELU as torch writes it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +28,11 @@ class WeightLayer:
     integers behind Q/DQ with the zero point taken off, where the weight is quantised, else its floats. `weight` is
     the initializer's name. `precision` is that of the weight: "INT8", "FP32"... `int8_in`: the activation comes out
     of an 8-bit DequantizeLinear. `int8_out`: everything that reads the output is a QuantizeLinear, looking through
-    Relu, Clip, LeakyRelu, MaxPool, reshaping, and Add whose other side is constant or comes out of DequantizeLinear.
+    Relu, Clip, LeakyRelu, MaxPool, Concat, nearest Resize, Pad with zeros, reshaping and splitting, Add whose other
+    side is constant or comes out of DequantizeLinear, and GELU by the error function. What a builder makes of it is
+    the builder's to say.
+    `float_reader` is the first that does not read it in INT8, such as "Add /layer1/add" or "the output of the network".
+    `output` is the name of the tensor it makes.
     """
 
     name: str
@@ -38,6 +44,8 @@ class WeightLayer:
     int8_in: bool
     int8_out: bool
     values: NDArray[Any]
+    float_reader: str = ""
+    output: str = ""
 
 
 def weight_layers(model: onnx.ModelProto) -> tuple[WeightLayer, ...]:
@@ -57,6 +65,7 @@ def weight_layers(model: onnx.ModelProto) -> tuple[WeightLayer, ...]:
         if result is None:
             continue
         weight, values, groups, activation = result
+        reader = _float_reader(graph, node.output[0])
         layer = WeightLayer(
             name=node.name or node.output[0],
             op=node.op_type,
@@ -65,8 +74,10 @@ def weight_layers(model: onnx.ModelProto) -> tuple[WeightLayer, ...]:
             groups=groups,
             precision=weight.precision,
             int8_in=_int8_in(graph, activation),
-            int8_out=_int8_out(graph, node.output[0]),
+            int8_out=reader is None,
             values=np.ascontiguousarray(values),
+            float_reader=reader or "",
+            output=node.output[0],
         )
         found.append(layer)
     return tuple(found)
@@ -108,23 +119,31 @@ _READERS: dict[str, Callable[[Graph, onnx.NodeProto], _Read | None]] = {
 
 
 def _int8_in(graph: Graph, name: str) -> bool:
-    """Whether `name` comes out of an 8-bit DequantizeLinear, looking through reshaping."""
+    """Whether `name` comes out of 8-bit DequantizeLinear, looking through reshaping and concatenation."""
     seen: set[str] = set()
-    while name not in seen:
-        seen.add(name)
-        node = graph.producer.get(name)
+    waiting = [name]
+    while waiting:
+        current = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        node = graph.producer.get(current)
         if node is None:
             return False
         if node.op_type == "DequantizeLinear":
-            return graph.quantised_type(node) in ("int8", "uint8")
-        if node.op_type not in _MOVES:
+            if graph.quantised_type(node) not in ("int8", "uint8"):
+                return False
+        elif node.op_type == "Concat":
+            waiting.extend(node.input)
+        elif node.op_type in _MOVES:
+            waiting.append(node.input[0])
+        else:
             return False
-        name = node.input[0]
-    return False
+    return True
 
 
-def _int8_out(graph: Graph, name: str) -> bool:
-    """See `WeightLayer.int8_out`."""
+def _float_reader(graph: Graph, name: str) -> str | None:
+    """Who reads the tensor other than in INT8, see `WeightLayer.int8_out`; None: nobody does."""
     seen: set[str] = set()
     waiting = [name]
     quantised = False
@@ -134,15 +153,59 @@ def _int8_out(graph: Graph, name: str) -> bool:
             continue
         seen.add(current)
         if current in graph.outputs:
-            return False
+            return "the output of the network"
         for node in graph.consumers.get(current, ()):
             if node.op_type == "QuantizeLinear":
                 quantised = True
-            elif node.op_type in _FUSED or (node.op_type == "Add" and _add_fuses(graph, node, current)):
-                waiting.append(node.output[0])
+            elif node.op_type in _FUSED or _fuses(graph, node, current):
+                waiting.extend(node.output)
+            elif gelu := _gelu(graph, node, current):
+                waiting.append(gelu)
             elif node.op_type != "Shape":
-                return False
-    return quantised
+                return f"{node.op_type} {node.name or node.output[0]}"
+    return None if quantised else "nothing"
+
+
+def _fuses(graph: Graph, node: onnx.NodeProto, name: str) -> bool:
+    """Whether `node` computes on `name` without leaving INT8, by what else it reads."""
+    if node.op_type == "Resize":
+        return bool(attribute(node, "mode", b"nearest") == b"nearest")
+    if node.op_type == "Pad":
+        fill = graph.weight(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        return bool(attribute(node, "mode", b"constant") == b"constant" and (fill is None or not fill.values.any()))
+    return node.op_type == "Add" and _add_fuses(graph, node, name)
+
+
+def _gelu(graph: Graph, node: onnx.NodeProto, name: str) -> str | None:
+    """The output of GELU of `name`, x (1 + erf(x / sqrt 2)) / 2, of which `node` is one of the first operators.
+
+    NVIDIA's INT8 products have it as an epilogue (`gelu_erf` in the kernels of TensorRT).
+    """
+    if node.op_type == "Gelu":
+        return str(node.output[0])
+    known = {name}
+    last = name
+    used = set()
+    for _ in range(len(_GELU)):
+        step = next((n for n in _readers(graph, known) if n.op_type in _GELU and _within(graph, n, known)), None)
+        if step is None:
+            break
+        used.add(step.op_type)
+        last = step.output[0]
+        known.add(last)
+    whole = used - {"Div"} == {"Erf", "Add", "Mul"}
+    ends = all(n.output[0] in known for k in known - {last} for n in graph.consumers.get(k, ()))
+    return last if whole and ends else None
+
+
+def _readers(graph: Graph, names: set[str]) -> list[onnx.NodeProto]:
+    """Who reads any of `names` and is not yet one of them."""
+    return [n for name in sorted(names) for n in graph.consumers.get(name, ()) if n.output[0] not in names]
+
+
+def _within(graph: Graph, node: onnx.NodeProto, names: set[str]) -> bool:
+    """Whether all that `node` reads is one of `names` or constant."""
+    return all(source in names or graph.weight(source) is not None for source in node.input)
 
 
 def _add_fuses(graph: Graph, node: onnx.NodeProto, name: str) -> bool:

@@ -23,6 +23,12 @@ def violations(values: NDArray[Any], n: int, m: int) -> int:
     return int((groups.sum(axis=2) > n).sum())
 
 
+def blocks(values: NDArray[Any], m: int) -> int:
+    """How many groups of `m` input channels `violations` looks at."""
+    outputs, channels = values.shape[:2]
+    return int(outputs * -(-channels // m) * (values.size // (outputs * channels))) if values.size else 0
+
+
 def density(values: NDArray[Any]) -> float:
     """The share of values that are not zero, 0 for none at all."""
     return float(np.count_nonzero(values) / values.size) if values.size else 0.0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify_deploy.errors import ModelError
+from sparsify_deploy.models._attention import packed
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _SHOWN = 3
@@ -20,11 +21,13 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     """Copy the weights and buffers of `path` into `model`, all of them or none.
 
     `.safetensors`, or `.pt` / `.pth` / `.bin` read with `weights_only`. `{"state_dict": ...}`, `{"model": ...}` and a
-    `module.` in front of every name are unwrapped. A missing `num_batches_tracked`, which nothing uses, and the second
-    name of a shared tensor may be absent. Raises `ModelError`.
+    `module.` in front of every name are unwrapped, and attention that a run took apart is packed. A missing
+    `num_batches_tracked`, which nothing uses, and the second name of a shared tensor may be absent.
+
+    Raises `ModelError`.
     """
     own = model.state_dict()
-    given = _unprefixed(_unwrapped(_read(path), path), own)
+    given = packed(_unprefixed(_unwrapped(_read(path), path), own), own)
     _check_fits(given, own, path)
     model.load_state_dict(given, strict=False)
 

@@ -18,7 +18,7 @@ from sparsify_deploy.params import Params as Base
 if TYPE_CHECKING:
     from torch import nn
 
-VERSION = 1
+VERSION = 2
 RUNS_USER_CODE = False
 
 

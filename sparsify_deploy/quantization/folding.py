@@ -92,7 +92,8 @@ def _obstacle(  # noqa: PLR0911 - one return a reason
 def _after(norm: _BatchNorm) -> nn.Module | None:
     """What a subclass does after normalising, if it is the timm shape `act(drop(batch_norm(x)))`."""
     parts = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if isinstance(part, nn.Module)]
-    return nn.Sequential(*parts) if parts else None
+    parts = [part for part in parts if not isinstance(part, nn.Identity)]
+    return nn.Sequential(*parts) if len(parts) > 1 else next(iter(parts), None)
 
 
 @torch.no_grad()

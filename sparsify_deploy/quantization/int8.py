@@ -9,6 +9,7 @@ the same scale, and an engine can merge them.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 import importlib
 import io
@@ -22,14 +23,24 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify_deploy.errors import MissingExtra, ModelError
-from sparsify_deploy.quantization import placement
+from sparsify_deploy.quantization import attention, joins, placement
 from sparsify_deploy.quantization.folding import fold_batchnorm
-from sparsify_deploy.quantization.placement import Residual, Row
+from sparsify_deploy.quantization.padding import split_padding_
+from sparsify_deploy.quantization.placement import Place, Row
 from sparsify_deploy.quantization.table import check_patterns, layer_rows, unquantised_rows
 from sparsify_deploy.types import outputs_of
 
 if TYPE_CHECKING:
     from sparsify_deploy.types import Batch
+
+
+_FIELDS = {
+    "residual add": "residual",
+    "concatenation": "concat",
+    "average pooling": "pooling",
+    "attention product": "attention",
+}
+"""Kinds of places to the setting that turns their quantizers off."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +49,22 @@ class Int8Settings:
 
     keep_float: tuple[str, ...] = ()
     residual: bool = True
+    concat: bool = True
+    pooling: bool = True
+    attention: bool = True
+    stream: bool = False
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A folded network with quantizers, and why each layer has or lacks one."""
+    """A folded network with quantizers, and why each layer has or lacks one.
+
+    `tied`: names of quantizers that hold one range, group by group.
+    """
 
     module: fx.GraphModule
     placement: tuple[Row, ...]
+    tied: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,10 +90,14 @@ def prepare(model: nn.Module, settings: Int8Settings) -> Quantized:
     mtq = _modelopt()
     module = fold_batchnorm(model)
     _disable_fast_paths_(module)
+    split_padding_(module)
     rows = {row.name: row for row in layer_rows(module, settings.keep_float, _default_patterns())}
     chosen = [name for name, row in rows.items() if row.quantised]
-    adds = placement.residuals(module, chosen)
-    check_patterns(settings.keep_float, [*rows, *(add.name for add in adds)])
+    if settings.attention:
+        attention.write_out_(module)
+    places = [_decided(place, settings) for place in _places(module, chosen, settings)]
+    broken = list(joins.breaks(module, chosen))
+    check_patterns(settings.keep_float, [*rows, *(place.name for place in places)])
     if not chosen:
         raise ModelError("no Conv or Linear layer is left to quantise: drop the quantize section or keep_float")
     with _quiet():
@@ -83,11 +106,14 @@ def prepare(model: nn.Module, settings: Int8Settings) -> Quantized:
         if not hasattr(module.get_submodule(name), "weight_quantizer"):
             kind = rows[name].kind
             raise ModelError(f"{name}: nvidia-modelopt cannot quantise a {kind}; add it to quantize.keep_float")
-    for add in adds:
-        rows[add.name] = _place_residual_(module, add, settings)
+    tied = joins.groups(module, places, chosen)
+    for place in places:
+        _insert_(module, place)
+        rows[place.name] = Row(place.name, place.kind, bool(place.sides), place.rule)
     module.graph.lint()
     module.recompile()
-    return Quantized(module, (*rows.values(), *unquantised_rows(module)))
+    others = (row for row in (*broken, *unquantised_rows(module)) if row.name not in rows)
+    return Quantized(module, (*rows.values(), *others), tied)
 
 
 def calibrate_(quantized: Quantized, batches: Iterable[Batch], inputs: Sequence[str]) -> Calibration:
@@ -114,6 +140,7 @@ def calibrate_(quantized: Quantized, batches: Iterable[Batch], inputs: Sequence[
     if not count:
         raise ModelError("calibration got no batch")
     dead = {}
+    _tie_(quantized)
     for name, quantizer in _quantizers(module):
         if quantizer.amax is None:
             raise ModelError(f"{name}: no calibration batch reached it; keep its layer in float with keep_float")
@@ -122,6 +149,15 @@ def calibrate_(quantized: Quantized, batches: Iterable[Batch], inputs: Sequence[
         if not bool((quantizer.amax > 0).all()):
             raise ModelError(f"{name}: saw only zeros during calibration; {_why_zero(module)}")
     return Calibration(count, sum(1 for _ in _quantizers(module)), dead)
+
+
+def _tie_(quantized: Quantized) -> None:
+    """Give the quantizers of each tied group the largest of their ranges."""
+    for group in quantized.tied:
+        members = [quantized.module.get_submodule(name) for name in group]
+        ranges = [member.amax for member in members if isinstance(member.amax, Tensor)]
+        for member in members if ranges else ():
+            member.amax = torch.stack(ranges).max()
 
 
 def _why_zero(module: nn.Module) -> str:
@@ -185,17 +221,34 @@ def load_(quantized: Quantized, state: Mapping[str, Tensor]) -> None:
     module.load_state_dict(dict(state), strict=True)
 
 
-def _place_residual_(module: fx.GraphModule, add: Residual, settings: Int8Settings) -> Row:
-    kept = next((pattern for pattern in settings.keep_float if fnmatch.fnmatchcase(add.name, pattern)), None)
+def _places(module: fx.GraphModule, chosen: Sequence[str], settings: Int8Settings) -> list[Place]:
+    """Every operation that joins activations, with what the rules say of it, in graph order."""
+    found = [
+        *placement.residuals(module, chosen, stream=settings.stream),
+        *joins.concats(module, chosen),
+        *joins.pools(module, chosen),
+        *attention.products(module),
+    ]
+    order = {node: i for i, node in enumerate(module.graph.nodes)}
+    return sorted(found, key=lambda place: order[place.node])
+
+
+def _decided(place: Place, settings: Int8Settings) -> Place:
+    """`place` as the rules have it, or without quantizers where the settings say so."""
+    field = _FIELDS[place.kind]
+    kept = next((pattern for pattern in settings.keep_float if fnmatch.fnmatchcase(place.name, pattern)), None)
     if kept is not None:
-        return Row(add.name, "residual add", False, f"float: keep_float {kept!r}")
-    if not settings.residual:
-        return Row(add.name, "residual add", False, "float: quantize.residual is false")
+        return dataclasses.replace(place, sides=(), rule=f"float: keep_float {kept!r}")
+    if not getattr(settings, field):
+        return dataclasses.replace(place, sides=(), rule=f"float: quantize.{field} is false")
+    return place
+
+
+def _insert_(module: fx.GraphModule, place: Place) -> None:
     tensor_quantizer = importlib.import_module("modelopt.torch.quantization.nn").TensorQuantizer
     attributes = importlib.import_module("modelopt.torch.quantization.config").QuantizerAttributeConfig
-    for side in add.sides:
-        placement.insert_(module, add, side, tensor_quantizer(attributes(num_bits=8, axis=None)))
-    return Row(add.name, "residual add", bool(add.sides), add.rule)
+    made = [tensor_quantizer(attributes(num_bits=8, axis=None)) for _ in place.quantizers]
+    placement.insert_(module, place, made)
 
 
 def _config(chosen: Sequence[str]) -> dict[str, Any]:

@@ -9,13 +9,18 @@ activations, looking through Dropout and Identity:
   layers on its longest way back to the last common ancestor. A tie goes to the side computed first, for the builder
   fuses the Add into the convolution that runs last;
 - neither: both sides are, if a quantised layer reads the sum through elementwise or pooling operators. Else the sum
-  lives in float anyway (embeddings, attention masks) and stays so.
+  lives in float anyway (embeddings, attention masks) and stays so;
+- a sum that a LayerNorm reads and no quantised layer (a transformer's residual stream) stays float: the engine must
+  write it in float, and its outliers would take the range of everything else. What a layer adds to it may be
+  quantised, so that this layer writes INT8 (`stream`).
+
+The rules of concatenations and pooling stand in `joins`, those of attention in `attention`.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +28,14 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from sparsify_deploy.quantization.tracing import path_of
+from sparsify_deploy.quantization.padding import same_padded
+from sparsify_deploy.quantization.tracing import NO_OPS, label_of, reaches, runs
 
 _ADDS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
+_KEYS = ("input", "other", "tensors", "mat2")
 _IN_PLACE: dict[Any, Any] = {operator.iadd: operator.add, "add_": "add"}
-_NO_OPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity)
 _PASSED_MODULES = (
-    *_NO_OPS,
+    *NO_OPS,
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardtanh, nn.Flatten),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
@@ -53,6 +59,9 @@ _PASSED_METHODS = {
     "mean",
     "contiguous",
 }
+_PASSED = _PASSED_FUNCTIONS | _PASSED_METHODS | {same_padded}
+_FLOAT_STREAM = "float: LayerNorm reads the sum, and no quantised layer does"
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
 _SHAPE_METHODS = {"size", "dim", "numel", "stride", "__len__", "new_zeros", "new_ones", "new_full", "new_empty"}
 
 
@@ -67,46 +76,90 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Residual:
-    """A residual add and the positions (0, 1) of its inputs that get a quantizer."""
+class Place:
+    """An operation of several activations and the positions of its inputs that get a quantizer.
+
+    `shared`: one quantizer for all positions, hence one scale. Positions count the tensors that are joined.
+    """
 
     name: str
+    kind: str
     node: fx.Node
     sides: tuple[int, ...]
     rule: str
+    shared: bool = False
+
+    @property
+    def quantizers(self) -> tuple[str, ...]:
+        """The names of its quantizers, one a side or one for all."""
+        if self.shared:
+            return (f"{self.name}_quantizer",) if self.sides else ()
+        return tuple(f"{self.name}_quantizer_{side}" for side in self.sides)
+
+    @property
+    def tensors(self) -> tuple[fx.Node, ...]:
+        """What it reads at `sides`."""
+        values = _operands(self.node)
+        return tuple(values[side] for side in self.sides)
 
 
-def residuals(module: fx.GraphModule, quantised: Collection[str]) -> list[Residual]:
-    """Every add of two activations, in graph order. `quantised` holds the module names of the INT8 layers."""
-    activations = _activations(module.graph.nodes)
+def residuals(module: fx.GraphModule, quantised: Collection[str], *, stream: bool = False) -> list[Place]:
+    """Every add of two activations, in graph order. `quantised` holds the module names of the INT8 layers.
+
+    `stream`: quantise what layers add to a sum that stays float for a LayerNorm.
+    """
+    known = activations(module.graph.nodes)
     order = {node: i for i, node in enumerate(module.graph.nodes)}
     found = []
     for node in module.graph.nodes:
         sides = _sides(node)
-        if sides is None or not all(side in activations for side in sides):
+        if sides is None or not all(side in known for side in sides):
             continue
         chosen, rule = _choose(module, node, sides, quantised, order)
-        path = path_of(node)
-        found.append(Residual(f"{path}.{node.name}" if path else node.name, node, chosen, rule))
+        if rule == _FLOAT_STREAM and stream:
+            chosen, rule = _added(module, sides, quantised)
+        found.append(Place(label_of(node), "residual add", node, chosen, rule))
     return found
 
 
-def insert_(module: fx.GraphModule, residual: Residual, side: int, quantizer: nn.Module) -> None:
-    """Put `quantizer` on one input of the add, which becomes an out-of-place one. Call `recompile` afterwards."""
-    name = f"{residual.name}_quantizer_{side}"
-    module.add_submodule(name, quantizer)
-    sides = _sides(residual.node)
-    assert sides is not None
-    with module.graph.inserting_before(residual.node):
-        inserted = module.graph.call_module(name, (sides[side],))
-    keys = ("input", "other")
-    args = list(residual.node.args)
-    if side < len(args):
-        args[side] = inserted
-        residual.node.args = tuple(args)
+def insert_(module: fx.GraphModule, place: Place, quantizers: Sequence[nn.Module]) -> None:
+    """Put `quantizers`, named by `place.quantizers`, on the inputs of an operation, which becomes an out-of-place one.
+
+    Call `recompile` afterwards.
+    """
+    node = place.node
+    for name, quantizer in zip(place.quantizers, quantizers, strict=True):
+        module.add_submodule(name, quantizer)
+    for i, (side, tensor) in enumerate(zip(place.sides, place.tensors, strict=True)):
+        with module.graph.inserting_before(node):
+            inserted = module.graph.call_module(place.quantizers[0 if place.shared else i], (tensor,))
+        _put(node, side, inserted)
+    if place.sides:
+        node.target = _IN_PLACE.get(node.target, node.target)
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """The tensors an operation joins: those of a list, or its first two arguments."""
+    values = [*node.args[:2], *(node.kwargs[key] for key in _KEYS if key in node.kwargs)]
+    if values and isinstance(values[0], (list, tuple)):
+        values = list(values[0])
+    return values  # type: ignore[return-value]
+
+
+def _put(node: fx.Node, side: int, value: fx.Node) -> None:
+    args = list(node.args)
+    if args and isinstance(args[0], (list, tuple)):
+        args[0] = [value if i == side else old for i, old in enumerate(args[0])]
+    elif side < len(args):
+        args[side] = value
     else:
-        residual.node.kwargs = {**residual.node.kwargs, keys[side]: inserted}
-    residual.node.target = _IN_PLACE.get(residual.node.target, residual.node.target)
+        keys = [key for key in _KEYS if key in node.kwargs]
+        old = node.kwargs[keys[0]]
+        if isinstance(old, (list, tuple)):
+            node.kwargs = {**node.kwargs, keys[0]: [value if i == side else x for i, x in enumerate(old)]}
+        else:
+            node.kwargs = {**node.kwargs, keys[side - len(args)]: value}
+    node.args = tuple(args)
 
 
 def _sides(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -121,7 +174,7 @@ def _sides(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
 
 
-def _activations(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+def activations(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Nodes whose values depend on the data and not merely on its shape: no parameters, sizes or constants."""
     found: set[fx.Node] = set()
     for node in nodes:
@@ -143,8 +196,9 @@ def _choose(
     """The sides to quantise and the rule, see the module's text."""
     if node.target in _IN_PLACE and any(order[user] > order[node] for user in sides[0].users):
         return (), "float: the sum is written over a value that is read again"
-    layers = [_layer(module, side, quantised) for side in sides]
-    a, b = layers
+    a, b = (source_layer(module, side, quantised) for side in sides)
+    if not _feeds_layer(module, node, quantised) and _feeds_norm(module, node):
+        return (), _FLOAT_STREAM
     if a is not None and b is not None:
         depths = _branch_depths(module, (a, b), quantised, order)
         short = min((0, 1), key=lambda i: (depths[i], order[(a, b)[i]]))
@@ -158,13 +212,25 @@ def _choose(
     return (), "float: neither side is straight from a quantised layer, and none reads the sum"
 
 
-def _layer(module: fx.GraphModule, node: fx.Node, quantised: Collection[str]) -> fx.Node | None:
+def _added(
+    module: fx.GraphModule, sides: tuple[fx.Node, fx.Node], quantised: Collection[str]
+) -> tuple[tuple[int, ...], str]:
+    """The sides that come straight from quantised layers, and the rule."""
+    layers = [source_layer(module, side, quantised) for side in sides]
+    chosen = tuple(i for i, layer in enumerate(layers) if layer is not None)
+    if not chosen:
+        return (), _FLOAT_STREAM
+    names = " and ".join(str(layer.target) for layer in layers if layer is not None)
+    return chosen, f"what {names} adds to a stream that LayerNorm reads in float"
+
+
+def source_layer(module: fx.GraphModule, node: fx.Node, quantised: Collection[str]) -> fx.Node | None:
     """The quantised layer whose output `node` is, looking through what does nothing in eval mode."""
     while True:
         if node.op == "call_module":
             if node.target in quantised:
                 return node
-            if not isinstance(module.get_submodule(str(node.target)), _NO_OPS):
+            if not isinstance(module.get_submodule(str(node.target)), NO_OPS):
                 return None
         elif not (node.op == "call_function" and node.target is functional.dropout):
             return None
@@ -209,20 +275,17 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 def _feeds_layer(module: fx.GraphModule, node: fx.Node, quantised: Collection[str]) -> bool:
     """Whether a quantised layer reads `node`, looking through elementwise, pooling and reshaping operators."""
-    seen: set[fx.Node] = set()
-    waiting = list(node.users)
-    while waiting:
-        user = waiting.pop()
-        if user in seen:
-            continue
-        seen.add(user)
-        if user.op == "call_module":
-            if user.target in quantised:
-                return True
-            passed = isinstance(module.get_submodule(str(user.target)), _PASSED_MODULES)
-        else:
-            known = _PASSED_FUNCTIONS if user.op == "call_function" else _PASSED_METHODS
-            passed = user.op in ("call_function", "call_method") and user.target in known
-        if passed:
-            waiting.extend(user.users)
-    return False
+    return reaches(
+        node,
+        lambda user: user.op == "call_module" and user.target in quantised,
+        lambda user: runs(module, user, _PASSED_MODULES, _PASSED),
+    )
+
+
+def _feeds_norm(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a LayerNorm reads `node`, looking through the same operators."""
+    return reaches(
+        node,
+        lambda user: runs(module, user, _NORMS, {functional.layer_norm}),
+        lambda user: runs(module, user, _PASSED_MODULES, _PASSED),
+    )

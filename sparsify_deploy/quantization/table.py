@@ -12,9 +12,10 @@ from torch import fx, nn
 
 from sparsify_deploy import menu
 from sparsify_deploy.errors import ModelError
+from sparsify_deploy.quantization.attention import why_fused
 from sparsify_deploy.quantization.folding import unfolded
 from sparsify_deploy.quantization.placement import Row
-from sparsify_deploy.quantization.tracing import path_of
+from sparsify_deploy.quantization.tracing import label_of
 from sparsify_deploy.sparsity.tracing import WEIGHTED
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -34,7 +35,9 @@ def layer_rows(module: nn.Module, keep_float: Sequence[str], default_patterns: S
     inside: dict[str, str] = {}
     for name, child in module.named_modules():
         if isinstance(child, nn.MultiheadAttention):
+            reason = getattr(child, "packed_because", None)
             inside[name] = "float: nn.MultiheadAttention reads its weights past any quantizer"
+            inside[name] += f", and stays packed: {reason}" if reason else ""
         if not isinstance(child, (*WEIGHTED, *_TRANSPOSED)):
             continue
         kind = type(child).__name__
@@ -60,9 +63,10 @@ def unquantised_rows(module: fx.GraphModule) -> Iterator[Row]:
     for node in module.graph.nodes:
         called = node.op == "call_function" and node.target in _FUNCTIONS
         if called or (node.op == "call_method" and node.target in _METHODS):
-            path = path_of(node)
             kind = node.target if isinstance(node.target, str) else node.target.__name__
-            yield Row(f"{path}.{node.name}" if path else node.name, kind, False, "float: a function call, not a layer")
+            fused = why_fused(node) if node.target is nn.functional.scaled_dot_product_attention else None
+            rule = "float: a function call, not a layer"
+            yield Row(label_of(node), kind, False, f"float: stays fused: {fused}" if fused else rule)
         if node.op == "call_module" and isinstance(
             block := module.get_submodule(node.target), (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
         ):

@@ -15,6 +15,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from sparsify_deploy import errors
@@ -24,16 +26,24 @@ _START = (
     "import sys; sys.path[:] = sys.argv[4:]; from sparsify_deploy.runtimes import _child;"
     " _child.main(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
 )
-_TAIL_LINES = 12
+_LOOK_EVERY_S = 0.2
 
 
-def call(function: str, request: Json, *, what: str, time_limit_s: float, advice: str = "") -> Json:
+def call(
+    function: str,
+    request: Json,
+    *,
+    what: str,
+    time_limit_s: float,
+    advice: str = "",
+    waiting: Callable[[], None] | None = None,
+) -> Json:
     """Run `function(request)` in a child process and return its answer.
 
     `what` names the work as the subject of a sentence ("the TensorRT-RTX builder"); `advice` ends the message of a
-    crash. A `SparsifyError` raised there is raised here again. Raises NativeCrash where the child dies of a signal,
-    ends without an answer or outruns `time_limit_s`; any other exception in the child is a bug and comes back as
-    RuntimeError with the child's traceback.
+    crash; `waiting` is called about five times a second meanwhile, and once at the end. A `SparsifyError` raised there
+    is raised here again. Raises NativeCrash where the child dies of a signal, ends without an answer or outruns
+    `time_limit_s`; any other exception in the child is a bug and comes back as RuntimeError with the child's traceback.
     """
     with tempfile.TemporaryDirectory(prefix="sparsify-deploy-") as folder:
         answer, printed = Path(folder, "answer.json"), Path(folder, "printed.txt")
@@ -41,7 +51,7 @@ def call(function: str, request: Json, *, what: str, time_limit_s: float, advice
         with printed.open("wb") as output:
             child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output)
             try:
-                child.communicate(json.dumps(request).encode(), timeout=time_limit_s)
+                _wait(child, json.dumps(request).encode(), time_limit_s, waiting)
             except subprocess.TimeoutExpired:
                 raise errors.NativeCrash(
                     f"{what} was stopped after its time limit of {time_limit_s:g} s: raise the limit, "
@@ -54,6 +64,26 @@ def call(function: str, request: Json, *, what: str, time_limit_s: float, advice
         if not answer.is_file():
             raise errors.NativeCrash(_death(what, child.returncode, text, advice))
         return _unpack(json.loads(answer.read_text(encoding="utf-8")), what)
+
+
+def _wait(child: subprocess.Popen[bytes], said: bytes, time_limit_s: float, waiting: Callable[[], None] | None) -> None:
+    """Hand `said` over and wait for the end. Raises TimeoutExpired after `time_limit_s`."""
+    if waiting is None:
+        child.communicate(said, timeout=time_limit_s)
+        return
+    deadline = time.monotonic() + time_limit_s
+    rest: bytes | None = said
+    while True:
+        try:
+            child.communicate(rest, timeout=min(_LOOK_EVERY_S, max(deadline - time.monotonic(), 0.0)))
+        except subprocess.TimeoutExpired:
+            if time.monotonic() >= deadline:
+                raise
+        else:
+            waiting()
+            return
+        rest = None  # communicate goes on with what it was given first
+        waiting()
 
 
 def _death(what: str, code: int, printed: str, advice: str) -> str:

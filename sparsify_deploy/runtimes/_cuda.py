@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsify_deploy.errors import DataError, ModelError, OutOfResources, RuntimeUnavailable
-from sparsify_deploy.runtimes import _gpu, _packages, _tensors
+from sparsify_deploy.runtimes import _gpu, _packages, _tensors, _trt_load
 from sparsify_deploy.runtimes._trt import DTYPES, Flavour, probe_reason
 from sparsify_deploy.types import IOTensor
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparsify_deploy.types import Arrays
+
+_WARM_UP_RUNS = 3
 
 
 def cannot_run_reason(flavour: Flavour) -> str | None:
@@ -34,10 +36,17 @@ def cannot_run_reason(flavour: Flavour) -> str | None:
 
 
 @contextmanager
-def open_engine(flavour: Flavour, engine: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Iterator[CudaSession]:
-    """Load an engine on the first GPU. Raises RuntimeUnavailable without one, DataError where it cannot be loaded."""
+def open_engine(
+    flavour: Flavour, engine: Path, shapes: Mapping[str, tuple[int, ...]] | None, *, time_limit_s: float
+) -> Iterator[CudaSession]:
+    """Load an engine on the first GPU, after a child process has loaded it within `time_limit_s`.
+
+    Raises RuntimeUnavailable without a GPU, DataError where it cannot be loaded here, CorruptArtifact where it is not
+    the engine of its record, NativeCrash where loading it kills the child.
+    """
     if reason := cannot_run_reason(flavour):
         raise RuntimeUnavailable(reason)
+    host_code = _trt_load.ready(flavour, engine, time_limit_s)
     trt = importlib.import_module(flavour.package)
     driver = importlib.import_module("cuda.bindings.driver")
     with ExitStack() as stack:
@@ -47,7 +56,9 @@ def open_engine(flavour: Flavour, engine: Path, shapes: Mapping[str, tuple[int, 
         context = ok(driver, driver.cuDevicePrimaryCtxRetain(device))
         ok(driver, driver.cuCtxSetCurrent(context))
         logger = trt.Logger(trt.Logger.WARNING)
-        runtime = trt.Runtime(logger)  # engine_host_code_allowed stays False
+        runtime = trt.Runtime(logger)
+        if host_code:  # else it stays False
+            runtime.engine_host_code_allowed = True
         loaded = runtime.deserialize_cuda_engine(engine.read_bytes())
         if loaded is None:
             raise DataError(
@@ -117,6 +128,37 @@ class CudaSession:
             result[tensor.name] = array
         self._ok(self._driver.cuStreamSynchronize(self._stream))
         return result
+
+    def layer_times(self, runs: int) -> dict[str, float]:
+        """Milliseconds of each layer, summed over `runs` of what was bound, by TensorRT's profiler.
+
+        Each run is enqueued by itself: inside of a CUDA graph the profiler hears nothing. The session keeps the
+        profiler, so it is of no use for timing afterwards.
+        """
+        taken: dict[str, float] = {}
+        base: Any = self._trt.IProfiler
+
+        class Times(base):  # type: ignore[misc]
+            def __init__(self) -> None:
+                base.__init__(self)
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                taken[layer_name] = taken.get(layer_name, 0.0) + ms
+
+        self._profiler = Times()  # the context keeps no reference
+        self._context.profiler = self._profiler
+        for run in range(_WARM_UP_RUNS + runs):
+            if run == _WARM_UP_RUNS:
+                taken.clear()
+            self._enqueue()
+            self._ok(self._driver.cuStreamSynchronize(self._stream))
+        return taken
+
+    def information(self) -> str:
+        """The engine inspector's word on every layer, as JSON."""
+        inspector = self._engine.create_engine_inspector()
+        inspector.execution_context = self._context
+        return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
     def close(self) -> None:
         """Free what was allocated on the device."""

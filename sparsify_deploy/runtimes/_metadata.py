@@ -41,6 +41,7 @@ def write_metadata(engine: Path, notes: BuildNotes, onnx_sha256: str, params: An
         "built": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "runs_here": notes.runs_here,
         "label": notes.label,
+        "facts": notes.facts,
         "environment": environment.machine(),
     }
     path = metadata_path(engine)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sparsify_deploy.errors import DataError
+from sparsify_deploy.errors import DataError, UsageError
 from sparsify_deploy.types import IOTensor
 
 if TYPE_CHECKING:
@@ -67,6 +67,65 @@ def fixed(
         names = ", ".join(tensor.name for tensor in inputs)
         raise DataError(f"the engine has no input {next(iter(wanted))!r}: it takes {names}")
     return tuple(result), tuple(changed)
+
+
+RANDOM_INPUTS = "standard normal floats, integers 0 or 1"
+"""What `random_inputs` makes where no range of integers is given."""
+
+
+def full_shapes(
+    tensors: Sequence[IOTensor], batch: int, given: Mapping[str, tuple[int, ...]], where: str
+) -> dict[str, tuple[int, ...]]:
+    """A whole shape for every input: that of `given`, else its own with `batch` on a free axis 0.
+
+    Raises UsageError where a name is unknown or a shape contradicts a fixed axis, DataError where an axis stays free.
+    """
+    known = {tensor.name: tensor for tensor in tensors}
+    for name, shape in given.items():
+        if name not in known:
+            raise UsageError(f"--shape {name}: {where} has no such input; it takes {', '.join(known)}")
+        if not fits(shape, known[name].shape):
+            raise UsageError(f"--shape {name}: {shape_text(shape)} does not fit {shape_text(known[name].shape)}")
+    found = {}
+    for tensor in tensors:
+        if tensor.name in given:
+            found[tensor.name] = tuple(given[tensor.name])
+            continue
+        if not tensor.shape:
+            raise DataError(f"{where}: input {tensor.name} has no batch axis, which timing needs")
+        first, *rest = tensor.shape
+        if None in rest:
+            raise DataError(
+                f"{where}: input {tensor.name} is {shape_text(tensor.shape)}, with a dynamic axis besides the batch: "
+                f"pass --shape {tensor.name}=" + "x".join("N" if axis is None else str(axis) for axis in tensor.shape)
+            )
+        if first is not None and first != batch:
+            raise UsageError(f"{where}: input {tensor.name} has the fixed batch size {first}: use --batch {first}")
+        found[tensor.name] = (batch, *(int(axis) for axis in rest if axis is not None))
+    return found
+
+
+def random_inputs(
+    tensors: Sequence[IOTensor], shapes: Mapping[str, tuple[int, ...]], integers: tuple[int, int] = (0, 1)
+) -> dict[str, NDArray[Any]]:
+    """Standard-normal floats and integers from `integers`, both ends included; the same each time.
+
+    0 and 1 are valid as a token of any vocabulary and as a mask.
+    """
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    inputs: dict[str, NDArray[Any]] = {}
+    for tensor in tensors:
+        kind, shape = np.dtype(tensor.dtype), shapes[tensor.name]
+        if kind.kind in "iu":
+            bounds = np.iinfo(kind)
+            if not (bounds.min <= integers[0] and integers[1] <= bounds.max):
+                raise UsageError(f"--int-range {integers[0]}:{integers[1]}: input {tensor.name} is {kind.name}")
+        low, high = integers if kind.kind in "iu" else (0, 1)
+        drawn = generator.standard_normal(shape) if kind.kind == "f" else generator.integers(low, high + 1, shape)
+        inputs[tensor.name] = drawn.astype(kind)
+    return inputs
 
 
 def fits(shape: Sequence[int], expected: Sequence[int | None]) -> bool:

@@ -7,21 +7,25 @@ crashes or hangs is then a message, and TensorRT 8.6 dies of SIGSEGV in `Runtime
 from __future__ import annotations
 
 import importlib
-import re
+import json
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TextIO
+from tempfile import TemporaryDirectory
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from sparsify_deploy.errors import ModelError, NativeCrash
 from sparsify_deploy.params import Params as Base
 from sparsify_deploy.params import Positive
-from sparsify_deploy.runtimes import _child
-from sparsify_deploy.types import Facts, Json
+from sparsify_deploy.runtimes import _child, _gpu
+from sparsify_deploy.runtimes._trt_build import new_logger
+from sparsify_deploy.runtimes._trt_refusals import objection, refusal
+from sparsify_deploy.types import Facts, Json, Progress
 
 DTYPES = {
     "FLOAT": "float32",
@@ -34,8 +38,6 @@ DTYPES = {
 }
 """numpy's name of a `DataType`; `trt.nptype` of 8.6 needs a numpy that still has `np.bool`."""
 
-_LIBRARIES = ("CUBLAS", "CUBLAS_LT", "CUDNN")
-
 
 @dataclass(frozen=True)
 class Flavour:
@@ -45,15 +47,43 @@ class Flavour:
     name: str
 
 
+class ShapeRange(Base):
+    """The shapes of one input that an engine takes, and the one it is tuned for; each axis 1 or more."""
+
+    min: tuple[int, ...] = Field(strict=False)
+    opt: tuple[int, ...] = Field(strict=False)
+    max: tuple[int, ...] = Field(strict=False)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ShapeRange:
+        if not len(self.min) == len(self.opt) == len(self.max):
+            raise ValueError("min, opt and max must have as many axes")
+        if not all(1 <= low <= mid <= high for low, mid, high in zip(self.min, self.opt, self.max, strict=True)):
+            raise ValueError("must be 1 <= min <= opt <= max on every axis")
+        return self
+
+
 class BuilderParams(Base):
     """What both runtimes let a recipe say to the builder."""
 
+    precision: Literal["fp16", "fp32"] = Field(
+        "fp16",
+        description="what is not quantised computes in it; fp16 keeps softmax, normalisation, sums and powers in FP32",
+    )
     sparse: bool = Field(True, description="allow 2:4 kernels; the builder takes one only where it is faster")
     min_batch: int = Field(1, ge=1, description="the batch sizes matter only where the ONNX file's batch is dynamic")
     opt_batch: int = Field(1, ge=1, description="the batch size that the engine is tuned for")
     max_batch: int = Field(32, ge=1)
+    shapes: dict[str, ShapeRange] = Field(
+        {}, description="input name to {min, opt, max} shapes; needed where another axis than the batch is dynamic"
+    )
     optimization_level: int | None = Field(None, ge=0, le=5, description="none: the builder's default")
     workspace_mib: int | None = Field(None, ge=1, description="none: all of the GPU's memory")
+    timing_cache: bool | str = Field(
+        True,
+        description="kernel timings kept for later builds, a file a version and GPU: in the user's cache folder, "
+        "in the folder named here, or (false) not at all",
+    )
     time_limit_s: Positive = Field(300.0, description="the builder is stopped after that, s")
 
     @model_validator(mode="after")
@@ -86,7 +116,7 @@ def probe(request: Json) -> Json:
         trt = importlib.import_module(request["package"])
     except (ImportError, OSError, AttributeError) as error:
         return {"reason": f"it does not import: {' '.join(str(error).split())}"}
-    logger, _ = _logger(trt, None)
+    logger, _ = new_logger(trt, None)
     try:
         trt.Builder(logger)
     except TypeError:  # 8.6 without a GPU: the factory returned nullptr
@@ -95,197 +125,88 @@ def probe(request: Json) -> Json:
     return {"reason": None}
 
 
-def build(flavour: Flavour, onnx: Path, engine: Path, params: BuilderParams) -> tuple[Facts, tuple[str, ...], float]:
+def build(
+    flavour: Flavour, onnx: Path, engine: Path, params: BuilderParams, progress: Progress | None = None
+) -> tuple[Facts, tuple[str, ...], float]:
     """Build an engine file in a child process; returns facts about it, warnings, and the seconds it took.
 
-    The builder's whole log is left beside it as `<engine>.log`. Raises ModelError where the file cannot be parsed or
-    built (with node, operator and reason), NativeCrash where the builder crashes or outruns its time limit.
+    The builder's whole log is left beside it as `<engine>.log`, and its phases go to `progress`. Raises ModelError
+    where the file cannot be parsed or built (with node, operator and what to do), NativeCrash where the builder
+    crashes or outruns its time limit.
     """
     from sparsify_deploy.graph.file import load
 
     model = load(onnx)
+    if reason := objection(model):
+        raise ModelError(f"{onnx}: {reason}")
     engine.parent.mkdir(parents=True, exist_ok=True)
     log = log_path(engine)
-    request = {
-        **params.model_dump(mode="json"),
-        "package": flavour.package,
-        "onnx": str(onnx.resolve()),
-        "engine": str(engine.resolve()),
-        "log": str(log.resolve()),
-        "quantised": any(node.op_type == "QuantizeLinear" for node in model.graph.node),
-    }
+    gpu = next((f"{gpu.name} {gpu.architecture}" for gpu in _gpu.gpus()), "no GPU")
+    cache_folder = timing_cache_folder(params.timing_cache)
     started = time.perf_counter()
-    answer = _child.call(
-        f"{__name__}:build_here",
-        request,
-        what=f"the {flavour.name} builder",
-        time_limit_s=params.time_limit_s,
-        advice=f"try a smaller part of {onnx.name}, or another version of {flavour.name}; its log is {log}",
-    )
+    with TemporaryDirectory(prefix="sparsify-deploy-") as scratch:
+        told = Path(scratch, "progress.jsonl")
+        request = {
+            **params.model_dump(mode="json"),
+            "package": flavour.package,
+            "onnx": str(onnx.resolve()),
+            "engine": str(engine.resolve()),
+            "log": str(log.resolve()),
+            "quantised": any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node),
+            "scratch": scratch,
+            "progress": str(told),
+            "gpu": gpu,
+            "timing_cache_asked": params.timing_cache,
+            "timing_cache": str(cache_folder) if cache_folder is not None else None,
+        }
+        answer = _child.call(
+            "sparsify_deploy.runtimes._trt_build:build_here",
+            request,
+            what=f"the {flavour.name} builder",
+            time_limit_s=params.time_limit_s,
+            advice=f"try a smaller part of {onnx.name}, or another version of {flavour.name}; its log is {log}",
+            waiting=follow(told, flavour.name, progress) if progress is not None else None,
+        )
     if "failed" in answer:
-        nodes = [(node.name, node.op_type) for node in model.graph.node]
-        raise ModelError(_refusal(flavour, onnx, answer, nodes))
+        raise ModelError(refusal(flavour.name, onnx, answer))
     return answer["facts"], tuple(answer["warnings"]), time.perf_counter() - started
+
+
+def follow(told: Path, name: str, progress: Progress) -> Callable[[], None]:
+    """A function that hands what was appended to the file `told` since its last call on to `progress`.
+
+    A line is `[phase, steps done, steps]` as JSON; one that is not yet whole waits for the next call.
+    """
+    position = 0
+
+    def look() -> None:
+        nonlocal position
+        if not told.is_file():
+            return
+        with told.open("rb") as file:
+            file.seek(position)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        position += len(whole)
+        for line in whole.splitlines():
+            phase, done, steps = json.loads(line)
+            progress.update(name, done, steps, phase)
+
+    return look
+
+
+def timing_cache_folder(asked: bool | str) -> Path | None:
+    """Where timing caches lie: `asked`, or `sparsify-deploy/tensorrt` in $XDG_CACHE_HOME or ~/.cache; None: nowhere."""
+    if asked is False:
+        return None
+    if isinstance(asked, str):
+        return Path(asked).expanduser().resolve()
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    # the XDG specification: a relative path is to be ignored
+    base = Path(home) if Path(home).is_absolute() else Path.home() / ".cache"
+    return base / "sparsify-deploy" / "tensorrt"
 
 
 def log_path(engine: Path) -> Path:
     """`model.engine.log` for `model.engine`."""
     return engine.with_name(engine.name + ".log")
-
-
-def _refusal(flavour: Flavour, onnx: Path, answer: Json, nodes: Sequence[tuple[str, str]]) -> str:
-    if answer["failed"] == "axes":
-        return f"{onnx}: {answer['reason']}"
-    if answer["failed"] == "build":
-        return f"{onnx}: the {flavour.name} builder refused the network: {answer['reason']}"
-    said = []
-    for error in answer["errors"]:
-        index = error["index"]
-        name, operator = nodes[index] if 0 <= index < len(nodes) else ("", "")
-        name, operator = error["name"] or name, error["operator"] or operator
-        where = f"node {name!r} (operator {operator})" if operator else "the file"
-        said.append(f"{where}: {error['reason']}")
-    return (
-        f"{onnx}: {flavour.name} cannot parse {'; '.join(dict.fromkeys(said)) or 'the file'}. "
-        "Export the model without that operator, or choose another runtime"
-    )
-
-
-def build_here(request: Json) -> Json:
-    """The child's side of `build`: facts and warnings, or `{"failed": "parse" | "axes" | "build", ...}`."""
-    trt = importlib.import_module(request["package"])
-    # a line at a time, so that the log is whole when the builder crashes
-    with open(request["log"], "w", encoding="utf-8", buffering=1) as log:
-        logger, messages = _logger(trt, log)
-        return _build(trt, logger, messages, request)
-
-
-def _build(trt: Any, logger: Any, messages: Sequence[tuple[str, str]], request: Json) -> Json:
-    builder = trt.Builder(logger)
-    # precision lives in the ONNX file where that is possible (10 and newer); 8.6 wants the batch made explicit
-    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    flag = typed if typed is not None else trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH
-    network = builder.create_network(1 << int(flag))
-    parser = trt.OnnxParser(network, logger)
-    parsed = parser.parse_from_file(request["onnx"])
-    if not parsed or network.num_layers == 0:
-        errors = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
-        return {"failed": "parse", "errors": errors}
-    config = builder.create_builder_config()
-    without_effect = _configure(trt, config, request, typed is not None)
-    if reason := _add_profile(builder, config, network, request):
-        return {"failed": "axes", "reason": reason}
-    serialised = builder.build_serialized_network(network, config)
-    if serialised is None:
-        last = [message for level, message in messages if level.endswith("ERROR")][-2:]
-        return {"failed": "build", "reason": " ".join(" ".join(last).split()) or "it gave no reason"}
-    engine = Path(request["engine"])
-    partial = engine.with_name(engine.name + ".partial")
-    partial.write_bytes(memoryview(serialised))
-    partial.replace(engine)
-    facts = {
-        "layers_parsed": network.num_layers,
-        "strongly_typed": typed is not None,
-        "engine_bytes": engine.stat().st_size,
-        **sparsity_said([message for _, message in messages]),
-    }
-    said = [message for level, message in messages if level == "WARNING"]
-    return {"facts": facts, "warnings": [*without_effect, *dict.fromkeys(said)]}
-
-
-def _configure(trt: Any, config: Any, request: Json, strongly_typed: bool) -> list[str]:
-    """Set what this version knows; returns a line for every option that has no effect in it."""
-    without_effect = []
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if request["sparse"]:
-        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
-    if not strongly_typed and request["quantised"]:
-        config.set_flag(trt.BuilderFlag.INT8)
-    if request["optimization_level"] is not None:
-        config.builder_optimization_level = request["optimization_level"]
-    if request["workspace_mib"] is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_mib"] << 20)
-    if request.get("ampere_plus"):
-        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    sources = [getattr(trt.TacticSource, name, None) for name in _LIBRARIES]
-    if any(source is not None for source in sources):
-        mask = config.get_tactic_sources()
-        for source in sources:
-            if source is not None:
-                bit = 1 << int(source)
-                mask = mask | bit if request.get("library_tactics") else mask & ~bit
-        config.set_tactic_sources(mask)
-    elif request.get("library_tactics"):
-        without_effect.append("library_tactics has no effect: this version has no cuBLAS or cuDNN tactics")
-    targets = request.get("targets", [])
-    if targets:
-        config.num_compute_capabilities = len(targets)
-        for i, target in enumerate(targets):
-            config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), i)
-    return without_effect
-
-
-def _add_profile(builder: Any, config: Any, network: Any, request: Json) -> str | None:
-    """A profile for inputs with a dynamic batch axis; a line where another axis is dynamic."""
-    profile = builder.create_optimization_profile()
-    dynamic = False
-    for i in range(network.num_inputs):
-        tensor = network.get_input(i)
-        shape = tuple(tensor.shape)
-        if -1 in shape[1:]:
-            axis = shape.index(-1, 1)
-            return f"input {tensor.name!r} has the dynamic axis {axis}: only the batch axis 0 may be, fix it at export"
-        if shape[:1] == (-1,):
-            dynamic = True
-            sizes = (request["min_batch"], request["opt_batch"], request["max_batch"])
-            profile.set_shape(tensor.name, *((size, *shape[1:]) for size in sizes))
-    if dynamic:
-        config.add_optimization_profile(profile)
-    return None
-
-
-def _parser_error(error: Any) -> Json:
-    try:
-        reason = " ".join(error.desc().split())
-    except UnicodeDecodeError:
-        reason = ""
-    if reason in ("", "false"):  # RTX 1.7 says "false" of an operator it does not know
-        reason = str(error.code()).rpartition(".")[2].lower().replace("_", " ")
-    ask = {key: getattr(error, method, None) for key, method in (("name", "node_name"), ("operator", "node_operator"))}
-    return {"index": error.node(), "reason": reason, **{key: f() if f else "" for key, f in ask.items()}}
-
-
-def sparsity_said(messages: Sequence[str]) -> Mapping[str, list[str] | None]:
-    """Layers that were `sparse_eligible` and `sparse_picked` by the builder's own log; None where it says nothing."""
-    patterns = {
-        "sparse_eligible": r"\(Sparsity\) Layers eligible for sparse math:(.*)",
-        "sparse_picked": r"\(Sparsity\) TRT inference plan picked sparse implementation for layers:(.*)",
-    }
-    found: dict[str, list[str] | None] = dict.fromkeys(patterns)
-    for message in messages:
-        for key, pattern in patterns.items():
-            if match := re.search(pattern, message, re.DOTALL):
-                names = [name.strip() for name in match[1].split(",") if name.strip()]
-                found[key] = [*(found[key] or []), *names]
-    return found
-
-
-def _logger(trt: Any, log: TextIO | None) -> tuple[Any, list[tuple[str, str]]]:
-    """A logger that writes everything from VERBOSE up to `log`, and the list it fills with `(level, message)`.
-
-    The list leaves out VERBOSE, which runs to gigabytes on a large net, but for what it says of sparsity.
-    """
-    messages: list[tuple[str, str]] = []
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            level = str(severity).rpartition(".")[2]
-            if log is not None:
-                log.write(f"{level}: {message}\n")
-            if level != "VERBOSE" or "(Sparsity)" in message:
-                messages.append((level, message))
-
-    return Log(), messages

@@ -17,12 +17,13 @@ from pydantic import Field
 from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import RuntimeUnavailable
 from sparsify_deploy.runtimes import _gpu, _metadata, _packages, _trt
-from sparsify_deploy.types import BuildNotes
+from sparsify_deploy.types import BuildNotes, EngineProfile, Progress
 
 if TYPE_CHECKING:
     from sparsify_deploy.runtimes._cuda import CudaSession
+    from sparsify_deploy.types import Arrays
 
-VERSION = 1
+VERSION = 2
 SUFFIX = ".rtx.engine"
 FLAVOUR = "tensorrt"
 NOT_RUN = "built, not run here"
@@ -34,6 +35,11 @@ class Params(_trt.BuilderParams):
     """`targets` are the GPU architectures that the engine is made for."""
 
     targets: tuple[Literal["sm80", "sm86", "sm89", "sm120"], ...] = Field(("sm86",), strict=False, min_length=1)
+
+
+def lower_precision(params: Params, /) -> tuple[str, Params] | None:
+    """The float precision below the one of `params`, and the parameters for it; None: there is none."""
+    return ("FP16", params.model_copy(update={"precision": "fp16"})) if params.precision == "fp32" else None
 
 
 def version() -> str | None:
@@ -55,11 +61,11 @@ def cannot_run_reason() -> str | None:
     return _packages.missing("TensorRT-RTX", "tensorrt_rtx", "tensorrt-rtx") or _cuda.cannot_run_reason(_FLAVOUR)
 
 
-def build(onnx: Path, engine: Path, params: Params, /) -> BuildNotes:
+def build(onnx: Path, engine: Path, params: Params, /, *, progress: Progress | None = None) -> BuildNotes:
     """Build ahead of time for `params.targets`. Raises ModelError, NativeCrash or RuntimeUnavailable."""
     if reason := unavailable_reason():
         raise RuntimeUnavailable(reason)
-    facts, warnings, seconds = _trt.build(_FLAVOUR, onnx, engine, params)
+    facts, warnings, seconds = _trt.build(_FLAVOUR, onnx, engine, params, progress)
     here = cannot_run_reason() is None and any(gpu.architecture in params.targets for gpu in _gpu.gpus()[:1])
     notes = BuildNotes(
         runtime="tensorrt_rtx",
@@ -83,4 +89,11 @@ def open(
     from sparsify_deploy.runtimes import _cuda
 
     _metadata.judge(engine)
-    return _cuda.open_engine(_FLAVOUR, engine, shapes)
+    return _cuda.open_engine(_FLAVOUR, engine, shapes, time_limit_s=params.time_limit_s)
+
+
+def profile(engine: Path, params: Params, inputs: Arrays, /, *, threads: int = 1) -> EngineProfile:
+    """No layer: TensorRT-RTX compiles its kernels on the user's machine and does not name them."""
+    return EngineProfile(
+        (), 0, "TensorRT-RTX compiles its kernels when it runs and does not say which layer took how long"
+    )

@@ -14,6 +14,7 @@ from sparsify_deploy.recipe import NM, Export
 from sparsify_deploy.recipe import Quantize as QuantizeSection
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.inference import run_all
+from sparsify_deploy.stages.predictions import predictable
 from sparsify_deploy.stages.quantize import rebuild
 from sparsify_deploy.stages.subject import Subject, reproducible, unmet_packages
 from sparsify_deploy.types import Context, Facts, Json
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from sparsify_deploy.export.parity import Parity
     from sparsify_deploy.sparsity.mask import Mask
+    from sparsify_deploy.types import Arrays
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class ExportOnnx:
     nm: NM | None
 
     name: ClassVar[str] = "export_onnx"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 3
     inputs: ClassVar[tuple[str, ...]] = ("weights", "quantized", "mask")
     outputs: ClassVar[Mapping[str, str]] = {"onnx": "model.onnx"}
     environment: ClassVar[tuple[str, ...]] = ("torch", "onnx")
@@ -63,7 +65,7 @@ class ExportOnnx:
         model = network_of(self.subject, self.quantize, inputs)
         path = out / self.outputs["onnx"]
         write_onnx(self.subject, self.export, model, path)
-        parity = self._check_parity(model, path)
+        parity = check_parity(self.subject, self.export, model, path, quantised=self.quantize is not None)
         mask = Mask.load(inputs["mask"]) if "mask" in inputs else None
         checked = check_pattern(path, self.nm, mask)
         return {
@@ -74,35 +76,41 @@ class ExportOnnx:
             "parity": dataclasses.asdict(parity),
             "nm_checked": checked,
             "bytes": path.stat().st_size,
+            **predictable(path, quantized=self.quantize is not None),
         }
 
-    def _check_parity(self, model: nn.Module, path: Path) -> Parity:
-        """Torch against ONNX Runtime on test examples; `CheckFailed` beyond the recipe's limits."""
-        import torch
 
-        from sparsify_deploy.export.parity import compare
-        from sparsify_deploy.training.loop import predict
+def check_parity(subject: Subject, export: Export, model: nn.Module, path: Path, *, quantised: bool) -> Parity:
+    """Torch against ONNX Runtime on test examples; `CheckFailed` beyond the recipe's limits."""
+    import torch
 
-        split = self.subject.examples.split("test")
-        indices = torch.arange(min(self.export.parity_examples, len(split)))
-        reference, batch = predict(model, split, self.subject.examples.inputs, indices)
-        runtime = menu.entry("runtimes", "onnxruntime")
-        with runtime.open(path, runtime.Params()) as session:
-            size = len(indices) if self.export.dynamic_batch else 1
-            other = run_all(session, {k: batch[k] for k in self.subject.examples.inputs}, size)
-        parity = compare(reference, other)
-        if self.quantize is None:
-            if parity.max_relative > self.export.max_relative_difference:
-                raise CheckFailed(
-                    f"{path}: differs from torch by {parity.max_relative:.2e} of the largest output, "
-                    f"more than export.max_relative_difference {self.export.max_relative_difference:g}; it is kept"
-                )
-        elif parity.top1_agreement is not None and parity.top1_agreement < self.export.min_top1_agreement:
+    from sparsify_deploy.export.parity import compare
+    from sparsify_deploy.training.loop import predict
+
+    split = subject.examples.split("test")
+    indices = torch.arange(min(export.parity_examples, len(split)))
+    reference, batch = predict(model, split, subject.examples.inputs, indices)
+    parity = compare(reference, onnx_outputs(path, {k: batch[k] for k in subject.examples.inputs}))
+    if not quantised:
+        if parity.max_relative > export.max_relative_difference:
             raise CheckFailed(
-                f"{path}: agrees with torch on {parity.top1_agreement:.2%} of {parity.examples} top-1 answers, "
-                f"less than export.min_top1_agreement {self.export.min_top1_agreement:g}; the file is kept"
+                f"{path}: differs from torch by {parity.max_relative:.2e} of the largest output, "
+                f"more than export.max_relative_difference {export.max_relative_difference:g}; it is kept"
             )
-        return parity
+    elif parity.top1_agreement is not None and parity.top1_agreement < export.min_top1_agreement:
+        raise CheckFailed(
+            f"{path}: agrees with torch on {parity.top1_agreement:.2%} of {parity.examples} top-1 answers, "
+            f"less than export.min_top1_agreement {export.min_top1_agreement:g}; the file is kept"
+        )
+    return parity
+
+
+def onnx_outputs(path: Path, batch: Arrays) -> Arrays:
+    """What a file answers to a batch in ONNX Runtime, all at once or example by example as its batch axis has it."""
+    runtime = menu.entry("runtimes", "onnxruntime")
+    with runtime.open(path, runtime.Params()) as session:
+        fixed = session.inputs[0].shape[0]
+        return run_all(session, batch, fixed or len(next(iter(batch.values()))), fixed=fixed is not None)
 
 
 def network_of(subject: Subject, quantize: QuantizeSection | None, inputs: Mapping[str, Path]) -> nn.Module:

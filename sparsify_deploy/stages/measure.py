@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import BaseModel
 
 from sparsify_deploy import menu
+from sparsify_deploy.layer_verdict import file_part
 from sparsify_deploy.recipe import NM, Benchmark, Export
 from sparsify_deploy.recipe import Quantize as QuantizeSection
-from sparsify_deploy.reports import LayerReport, ModelReport, dump
+from sparsify_deploy.reports import ModelReport, dump
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.export_onnx import network_of, write_onnx
 from sparsify_deploy.stages.subject import Subject, reproducible, unmet_packages
 from sparsify_deploy.timing import Latency, measure
 from sparsify_deploy.types import Context, Facts
-
-if TYPE_CHECKING:
-    from sparsify_deploy.graph.layers import WeightLayer
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Measure:
     benchmark: Benchmark
 
     name: ClassVar[str] = "measure"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     inputs: ClassVar[tuple[str, ...]] = ("weights", "quantized", "mask")
     outputs: ClassVar[Mapping[str, str]] = {"report": "report.json", "measured_onnx": "model.onnx"}
 
@@ -77,13 +75,12 @@ class Measure:
         write_onnx(self.subject, self.export, model, onnx)
         test = self.subject.examples.split("test")
         metrics = evaluate(model.to(device), self.subject.opened_task, test, self.subject.examples.inputs)
-        layers = {layer.weight: layer for layer in reversed(weight_layers(file.load(onnx)))}  # a shared weight once
         report = ModelReport(
             metrics=metrics,
             examples=len(test),
             sparsity_asked=self.sparsity,
             precision="INT8" if self.quantize is not None else "FP32",
-            layers=tuple(self._layer(layer) for layer in reversed(layers.values())),
+            layers=file_part(weight_layers(file.load(onnx)), *(self.nm.nm if self.nm is not None else (2, 4))),
             onnx_bytes=onnx.stat().st_size,
             latency=tuple(self._latencies(onnx, out, context)),
             runtime=self.runtime,
@@ -91,37 +88,6 @@ class Measure:
         (out / self.outputs["report"]).write_text(dump(report), encoding="utf-8")
         context.progress.say(_line(report))
         return {"metrics": metrics, "sparsity": report.sparsity, "usable_sparsity": report.usable_sparsity}
-
-    def _layer(self, layer: WeightLayer) -> LayerReport:
-        """One layer's sparsity and whether hardware could use it, on the values in the file."""
-        from sparsify_deploy.graph import eligibility
-        from sparsify_deploy.graph.nm import violations
-        from sparsify_deploy.graph.size import bytes_as_stored, bytes_compressed
-
-        n, m = self.nm.nm if self.nm is not None else (2, 4)
-        possible = eligibility.pattern_possible(layer.shape, layer.groups, m)
-        rule = eligibility.rule_of_thumb(layer.shape, layer.groups, m)
-        held = possible.ok and violations(layer.values, n, m) == 0
-        usable = eligibility.pattern_possible(layer.shape, layer.groups, 4).ok and violations(layer.values, 2, 4) == 0
-        return LayerReport(
-            name=layer.name,
-            weight=layer.weight,
-            op=layer.op,
-            shape=layer.shape,
-            groups=layer.groups,
-            precision=layer.precision,
-            int8_in=layer.int8_in,
-            int8_out=layer.int8_out,
-            weights=int(layer.values.size),
-            zeros=int((layer.values == 0).sum()),
-            pattern_possible=possible.ok,
-            pattern_held=held,
-            usable=usable,
-            rule_of_thumb=rule.ok,
-            reason=eligibility.explained(layer.shape, layer.groups, m),
-            bytes_stored=bytes_as_stored(layer.shape, layer.precision),
-            bytes_compressed=bytes_compressed(layer.shape, layer.precision, usable),
-        )
 
     def _latencies(self, onnx: Path, out: Path, context: Context) -> list[Latency]:
         """Latency at each batch size in the recipe's first runtime; none where that cannot run here."""

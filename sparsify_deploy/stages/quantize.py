@@ -33,7 +33,7 @@ class Quantize:
     distillation: Distillation | None = None
 
     name: ClassVar[str] = "quantize"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     outputs: ClassVar[Mapping[str, str]] = {"quantized": "quantized.safetensors"}
     environment: ClassVar[tuple[str, ...]] = ("modelopt",)
 
@@ -101,7 +101,14 @@ def settings_of(section: QuantizeSection) -> Int8Settings:
     """The part of the section that shapes the network, so that a later stage can rebuild it."""
     from sparsify_deploy.quantization.int8 import Int8Settings
 
-    return Int8Settings(keep_float=section.keep_float, residual=section.residual)
+    return Int8Settings(
+        keep_float=section.keep_float,
+        residual=section.residual,
+        concat=section.concat,
+        pooling=section.pooling,
+        attention=section.attention,
+        stream=section.stream,
+    )
 
 
 def rebuild(subject: Subject, section: QuantizeSection, state: Path) -> Quantized:

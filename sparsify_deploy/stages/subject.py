@@ -70,15 +70,17 @@ class Subject:
         """A fresh network: initialised from the recipe's seed, or from its checkpoint, or from `weights`."""
         import torch
 
+        from sparsify_deploy.models._attention import unpack_attention_
         from sparsify_deploy.models._checkpoint import load_checkpoint
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model: nn.Module = menu.entry("models", self.model.source).build(self.model.params)
+        if weights is None and self.model.checkpoint is not None:
+            load_checkpoint(model, self.model.checkpoint)
+        model = unpack_attention_(model)
         if weights is not None:
             load_weights_(model, weights)
-        elif self.model.checkpoint is not None:
-            load_checkpoint(model, self.model.checkpoint)
         return model
 
     def check_network(self) -> nn.Module:

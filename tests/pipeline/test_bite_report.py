@@ -51,6 +51,8 @@ def test_each_label_of_every_race_is_the_model_of_its_own_branch_and_row():
         assert came.pop("dense INT8") == Ref(f"dense/build_engine.{stage.runtime}", "engine")
         assert came.pop("2:4 INT8") == Ref(f"sparse/build_engine.{stage.runtime}", "engine")
         assert "dense FP32" in came
+        if stage.runtime == "openvino":
+            assert came.pop("dense BF16") == Ref("dense/fine_tune.report", "measured_onnx")
         for label, ref in came.items():
             assert ref.output == "measured_onnx"
             assert labels[ref.step] == label
@@ -61,7 +63,8 @@ def test_engines_are_built_from_the_export_of_their_own_branch():
     for branch in ("dense", "sparse"):
         for runtime in ("openvino", "onnxruntime"):
             inputs = steps[f"{branch}/build_engine.{runtime}"].inputs
-            assert inputs == {"onnx": Ref(f"{branch}/export_onnx", "onnx")}
+            step = f"{branch}/export_onnx" + (".onnxruntime" if runtime == "onnxruntime" else "")
+            assert inputs == {"onnx": Ref(step, "onnx")}
 
 
 def evidence(median: float, low: float, high: float, claim: Any) -> Evidence:

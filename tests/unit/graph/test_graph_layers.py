@@ -171,6 +171,20 @@ CONSTANTS = {
     "w": RNG.normal(size=(4, 4, 1, 1)).astype(np.float32),
     "c": np.float32([1.0]),
 }
+CONSTANTS |= {
+    "up": np.float32([1, 1, 2, 2]),
+    "pads": np.int64([0, 0, 1, 1, 0, 0, 1, 1]),
+    "c0": np.float32(1.0),
+    "root2": np.float32(2**0.5),
+    "half": np.float32(0.5),
+}
+GELU = [
+    node("Div", ["a", "root2"], "g1"),
+    node("Erf", ["g1"], "g2"),
+    node("Add", ["g2", "c0"], "g3"),
+    node("Mul", ["a", "g3"], "g4"),
+    node("Mul", ["g4", "half"], "g"),
+]
 CHAINS = {
     "straight": ([], "a", True),
     "relu and max pool": ([node("Relu", ["a"], "b"), node("MaxPool", ["b"], "m", kernel_shape=[1, 1])], "m", True),
@@ -179,6 +193,15 @@ CHAINS = {
     "add with a float side": ([node("Add", ["a", "x"], "b")], "b", False),
     "sigmoid": ([node("Sigmoid", ["a"], "b")], "b", False),
     "read in float too": ([node("Relu", ["a"], "b"), node("Exp", ["a"], "e")], "b", False),
+    "concat": ([node("Concat", ["a", "x"], "b", axis=1)], "b", True),
+    "nearest resize": ([node("Resize", ["a", "", "up"], "b", mode="nearest")], "b", True),
+    "linear resize": ([node("Resize", ["a", "", "up"], "b", mode="linear")], "b", False),
+    "zero pad": ([node("Pad", ["a", "pads"], "b")], "b", True),
+    "pad with ones": ([node("Pad", ["a", "pads", "c0"], "b")], "b", False),
+    "gelu": (GELU, "g", True),
+    "gelu read in float": ([*GELU, node("Exp", ["g4"], "e")], "g", False),
+    "half a gelu": (GELU[:2], "g2", False),
+    "swish": ([node("Sigmoid", ["a"], "b"), node("Mul", ["a", "b"], "g")], "g", False),
     "shape is no reader": ([node("Shape", ["a"], "e")], "a", True),
 }
 
@@ -190,6 +213,25 @@ def test_int8_in_and_out(kind):
     (layer,) = weight_layers(build(nodes, CONSTANTS))
     assert layer.int8_in
     assert layer.int8_out is expected
+    readers = {
+        "add with a float side": "Add b",
+        "sigmoid": "Sigmoid b",
+        "read in float too": "Exp e",
+        "linear resize": "Resize b",
+        "pad with ones": "Pad b",
+        "gelu read in float": "Div g1",
+        "half a gelu": "Div g1",
+        "swish": "Sigmoid b",
+    }
+    assert layer.float_reader == readers.get(kind, "")
+
+
+@pytest.mark.parametrize("sides", [("d", "e"), ("d", "x")])
+def test_int8_in_behind_a_concatenation(sides):
+    nodes = [*activation("x", "d"), *activation("x", "e"), node("Concat", list(sides), "j", axis=1)]
+    wide = RNG.normal(size=(4, 8, 1, 1)).astype(np.float32)
+    (layer,) = weight_layers(build([*nodes, node("Conv", ["j", "wide"], "y")], {**CONSTANTS, "wide": wide}))
+    assert layer.int8_in is (sides == ("d", "e"))
 
 
 def test_a_graph_output_is_not_int8():
@@ -197,6 +239,7 @@ def test_a_graph_output_is_not_int8():
     (layer,) = weight_layers(build(nodes, CONSTANTS))
     assert layer.int8_in
     assert not layer.int8_out
+    assert layer.float_reader == "the output of the network"
 
 
 def test_a_circle_ends_in_an_error():

@@ -54,7 +54,7 @@ def test_no_layer_is_the_folded_float_network_to_the_bit(made, batches):
 def test_one_layer_is_a_network_prepared_for_it_alone(made, batches, layer):
     model, quantized = made
     others = tuple({"first", "second", "head"} - {layer})
-    alone = prepare(model, Int8Settings(keep_float=others, residual=False))
+    alone = prepare(model, Int8Settings(keep_float=others, residual=False, pooling=False))
     calibrate_(alone, batches, ("x",))
     before = quantized.module(batches[1]["x"])
     everything = enabled(quantized)

@@ -6,6 +6,7 @@ The stand-in refuses what the real driver refuses: unknown handles, launching be
 from __future__ import annotations
 
 import ctypes
+import sys
 from enum import Enum, IntEnum
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from sparsify_deploy.errors import DataError, OutOfResources, RuntimeUnavailable
-from sparsify_deploy.runtimes import _cuda
+from sparsify_deploy.runtimes import _cuda, _trt, _trt_load
 
 
 class CUresult(IntEnum):
@@ -219,3 +220,46 @@ def test_cuda_errors_have_their_name():
 def test_a_type_numpy_lacks_is_refused():
     with pytest.raises(DataError, match="BF16"):
         session(Driver(), kind=Kind.BF16)
+
+
+@pytest.mark.parametrize("host_code", [False, True])
+def test_an_engine_is_opened_as_its_check_in_a_child_allows(host_code, monkeypatch, tmp_path):
+    driver, made = Driver(), []
+    driver.cuInit = lambda flags: (GOOD,)
+    driver.cuDeviceGet = driver.cuDevicePrimaryCtxRetain = lambda handle: (GOOD, 0)
+    driver.cuCtxSetCurrent = lambda context: (GOOD,)
+
+    class Runtime:
+        engine_host_code_allowed = False
+
+        def __init__(self, logger):
+            made.append(self)
+
+        def deserialize_cuda_engine(self, content):
+            return Engine(driver)
+
+    logger = type("Logger", (), {"WARNING": 2, "__init__": lambda self, level: None})
+    monkeypatch.setitem(sys.modules, "some_trt", SimpleNamespace(Logger=logger, Runtime=Runtime, TensorIOMode=Mode))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    monkeypatch.setattr(_cuda, "cannot_run_reason", lambda flavour: None)
+    monkeypatch.setattr(_trt_load, "ready", lambda flavour, engine, limit: host_code)
+    path = tmp_path / "net.engine"
+    path.write_bytes(b"engine")
+    with _cuda.open_engine(_trt.Flavour("some_trt", "TensorRT"), path, None, time_limit_s=9.0) as opened:
+        opened.bind(x(2))
+        opened.execute()
+        np.testing.assert_array_equal(opened.fetch()["y"], 2 * x(2)["x"])
+    assert made[0].engine_host_code_allowed is host_code
+    assert driver.buffers == {}
+
+
+def test_what_the_child_refuses_is_not_loaded_here(monkeypatch, tmp_path):
+    def refuse(flavour, engine, limit):
+        raise DataError(f"built elsewhere, limit {limit:g}")
+
+    monkeypatch.setattr(_cuda, "cannot_run_reason", lambda flavour: None)
+    monkeypatch.setattr(_trt_load, "ready", refuse)
+    flavour = _trt.Flavour("never_imported", "TensorRT")
+    opening = _cuda.open_engine(flavour, tmp_path / "net.engine", None, time_limit_s=9.0)
+    with pytest.raises(DataError, match="built elsewhere, limit 9"), opening:
+        pass

@@ -58,8 +58,53 @@ def test_a_dynamic_axis_besides_the_batch_is_named(tmp_path):
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "wide", value[:1], value[1:])
     path = tmp_path / "wide.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
-    with pytest.raises(ModelError, match="input 'x' has the dynamic axis 2"):
+    with pytest.raises(ModelError, match=r"input 'x' has the dynamic axis 2 and no range .* opt: \[16, 3, 16\]"):
         tensorrt_rtx.build(path, tmp_path / "wide.rtx.engine", tensorrt_rtx.Params())
+    shapes = {"x": {"min": [1, 3, 8], "opt": [4, 3, 16], "max": [8, 3, 64]}}
+    params = tensorrt_rtx.Params.model_validate({"shapes": shapes})
+    assert tensorrt_rtx.build(path, tmp_path / "wide.rtx.engine", params).facts["engine_bytes"] > 1000
+
+
+class Heard:
+    def __init__(self):
+        self.updates = []
+
+    def update(self, label, done, total, note=""):
+        self.updates.append((label, done, total, note))
+
+    def say(self, message):
+        raise AssertionError(message)
+
+
+def test_what_is_not_quantised_is_fp16_and_the_builder_tells_its_progress(tiny_net, tmp_path):
+    heard = Heard()
+    net = tiny_net("N")
+    half = tensorrt_rtx.build(net.path, tmp_path / "h.rtx.engine", tensorrt_rtx.Params(), progress=heard)
+    full = tensorrt_rtx.build(net.path, tmp_path / "f.rtx.engine", tensorrt_rtx.Params(precision="fp32"))
+    assert half.facts["float16"] == {"nodes": 4, "kept_fp32": {}}  # both DQ, Conv and ReLU
+    assert full.facts["float16"] is None
+    assert half.options["precision"] == "fp16"
+    assert "[HALF]" in (tmp_path / "h.rtx.engine.log").read_text()
+    assert "[HALF]" not in (tmp_path / "f.rtx.engine.log").read_text()
+    assert heard.updates
+    assert {label for label, *_ in heard.updates} == {"TensorRT-RTX"}
+    assert all(0 <= done <= total and note for _, done, total, note in heard.updates)
+    assert any(done == total for _, done, total, _ in heard.updates)
+
+
+def test_options_without_effect_are_said(tiny_net, tmp_path):
+    params = tensorrt_rtx.Params(timing_cache=str(tmp_path / "cache"))
+    notes = tensorrt_rtx.build(tiny_net().path, tmp_path / "net.rtx.engine", params)
+    line = "timing_cache has no effect: TensorRT-RTX times no kernels while it builds"
+    assert line in notes.warnings
+    assert notes.facts["timing_cache"] == {"file": None, "reason": line}
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_profile_says_why_it_has_no_layers(tmp_path):
+    found = tensorrt_rtx.profile(tmp_path / "net.rtx.engine", tensorrt_rtx.Params(), {})
+    assert (found.layers, found.runs) == ((), 0)
+    assert "does not say which layer" in found.note
 
 
 def test_what_the_builder_refuses_is_one_line_with_its_reason(tmp_path):
@@ -100,7 +145,17 @@ def test_without_a_gpu_an_engine_is_not_opened(tiny_net, tmp_path):
         pass
 
 
-@pytest.mark.parametrize("values", [{"targets": []}, {"targets": ["sm90"]}, {"min_batch": 4}, {"opt_batch": 64}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"targets": []},
+        {"targets": ["sm90"]},
+        {"min_batch": 4},
+        {"opt_batch": 64},
+        {"precision": "fp8"},
+        {"shapes": {"x": {"min": [2], "opt": [1], "max": [3]}}},
+    ],
+)
 def test_params_that_make_no_sense_are_refused(values):
     with pytest.raises(ValidationError):
         tensorrt_rtx.Params.model_validate(values)

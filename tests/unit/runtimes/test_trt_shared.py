@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 from onnx import TensorProto, helper
 
-from sparsify_deploy.errors import ModelError
-from sparsify_deploy.runtimes import _gpu, _trt, tensorrt
+from sparsify_deploy.errors import ModelError, NativeCrash, RuntimeUnavailable
+from sparsify_deploy.runtimes import _gpu, _trt, _trt_build, _trt_refusals, tensorrt
 
 
 def test_the_builders_log_says_what_was_eligible_and_picked():
-    said = _trt.sparsity_said(
+    said = _trt_build.sparsity_said(
         [
             "(Sparsity) Layers eligible for sparse math: conv1 + relu1, fc",
             "something else",
@@ -24,7 +24,7 @@ def test_the_builders_log_says_what_was_eligible_and_picked():
 
 
 def test_none_picked_is_not_the_same_as_nothing_said():
-    said = _trt.sparsity_said(["(Sparsity) TRT inference plan picked sparse implementation for layers:"])
+    said = _trt_build.sparsity_said(["(Sparsity) TRT inference plan picked sparse implementation for layers:"])
     assert said == {"sparse_eligible": None, "sparse_picked": []}
 
 
@@ -42,20 +42,19 @@ class Unreadable:
 
 
 def test_an_unreadable_parser_error_still_names_the_node(tmp_path):
-    error = _trt._parser_error(Unreadable())
+    error = _trt_build.parser_error(Unreadable())
     assert error == {"index": 1, "reason": "unsupported node", "name": "", "operator": ""}
-    message = _trt._refusal(
-        _trt.Flavour("tensorrt", "TensorRT"),
+    message = _trt_refusals.refusal(
+        "TensorRT",
         tmp_path / "net.onnx",
-        {"failed": "parse", "errors": [error, error]},
-        [("first", "Conv"), ("second", "Det")],
+        {"failed": "parse", "errors": [error, error], "nodes": [("first", "Conv"), ("second", "Det")]},
     )
     assert "TensorRT cannot parse node 'second' (operator Det): unsupported node. Export" in message
 
 
 def fake_tensorrt(*, strongly_typed, libraries):
     names = {"EXPLICIT_BATCH": 0} | ({"STRONGLY_TYPED": 1} if strongly_typed else {})
-    flags = {"SPARSE_WEIGHTS": 3} | ({} if strongly_typed else {"INT8": 1})
+    flags = {"SPARSE_WEIGHTS": 3} | ({} if strongly_typed else {"FP16": 0, "INT8": 1})
     sources = ({"CUBLAS": 0, "CUBLAS_LT": 1, "CUDNN": 2} if libraries else {}) | {"JIT_CONVOLUTIONS": 4}
     return SimpleNamespace(
         NetworkDefinitionCreationFlag=IntEnum("Creation", names),
@@ -87,12 +86,12 @@ class FakeConfig:
 def configured(trt, typed, quantised=True, **params):
     config = FakeConfig()
     request = {**tensorrt.Params(**params).model_dump(mode="json"), "quantised": quantised}
-    return config, _trt._configure(trt, config, request, typed)
+    return config, _trt_build.configure(trt, config, request, typed)
 
 
 def test_8_6_gets_the_int8_flag_and_no_library_tactics():
     config, without_effect = configured(fake_tensorrt(strongly_typed=False, libraries=True), typed=False)
-    assert config.flags == ["SPARSE_WEIGHTS", "INT8"]
+    assert config.flags == ["SPARSE_WEIGHTS", "INT8", "FP16"]
     assert config.sources == 0b11000
     assert config.profiling_verbosity == "detailed"
     assert without_effect == []
@@ -108,8 +107,36 @@ def test_a_strongly_typed_network_gets_no_precision_flag():
 
 
 def test_a_float_network_on_8_6_gets_no_int8_flag():
-    config, _ = configured(fake_tensorrt(strongly_typed=False, libraries=True), typed=False, quantised=False)
+    config, _ = configured(
+        fake_tensorrt(strongly_typed=False, libraries=True), typed=False, quantised=False, precision="fp32"
+    )
     assert config.flags == ["SPARSE_WEIGHTS"]
+
+
+def test_an_option_that_the_version_lacks_is_said():
+    trt = fake_tensorrt(strongly_typed=True, libraries=True)
+    del trt.HardwareCompatibilityLevel
+    config, without_effect = configured(
+        trt, typed=True, version_compatible=True, ampere_plus=True, optimization_level=3, sparse=False
+    )
+    assert config.flags == []
+    assert without_effect == [
+        "version_compatible has no effect: this version has no such option",
+        "optimization_level has no effect: this version has no such option",
+        "ampere_plus has no effect: this version has no such option",
+    ]
+
+
+def test_options_reach_a_version_that_has_them():
+    trt = fake_tensorrt(strongly_typed=True, libraries=True)
+    trt.BuilderFlag = IntEnum("BuilderFlag", {"SPARSE_WEIGHTS": 3, "VERSION_COMPATIBLE": 4})
+    config = FakeConfig()
+    config.builder_optimization_level = config.hardware_compatibility_level = None
+    params = tensorrt.Params(version_compatible=True, ampere_plus=True, optimization_level=3, library_tactics=True)
+    assert _trt_build.configure(trt, config, {**params.model_dump(mode="json"), "quantised": True}, True) == []
+    assert config.flags == ["SPARSE_WEIGHTS", "VERSION_COMPATIBLE"]
+    assert (config.builder_optimization_level, config.hardware_compatibility_level) == (3, "ampere+")
+    assert config.sources == 0b11111
 
 
 class FakeNetwork:
@@ -134,10 +161,46 @@ def test_the_profile_covers_every_dynamic_batch(shapes, ranges):
     profile = SimpleNamespace(set_shape=lambda name, *sizes: set_shapes.update({name: sizes}))
     builder = SimpleNamespace(create_optimization_profile=lambda: profile)
     config = SimpleNamespace(add_optimization_profile=added.append)
-    request = {"min_batch": 2, "opt_batch": 4, "max_batch": 8}
-    assert _trt._add_profile(builder, config, FakeNetwork(*shapes), request) is None
+    request = {"min_batch": 2, "opt_batch": 4, "max_batch": 8, "shapes": {}}
+    assert _trt_build.add_profile(builder, config, FakeNetwork(*shapes), request) is None
     assert set_shapes == (ranges or {})
     assert added == ([profile] if ranges else [])
+
+
+RANGE = {"min": [1, 3, 8], "opt": [2, 3, 16], "max": [4, 3, 32]}
+
+
+def test_a_range_of_shapes_goes_into_the_profile_as_it_is():
+    assert profiled({"x0": RANGE}, (-1, 3, -1)) == (None, {"x0": ((1, 3, 8), (2, 3, 16), (4, 3, 32))})
+
+
+@pytest.mark.parametrize(
+    ("shapes", "line"),
+    [
+        (
+            {},
+            "input 'x0' has the dynamic axis 2 and no range for it: write params.shapes: {x0: {min: [1, 3, 1], "
+            "opt: [16, 3, 16], max: [64, 3, 64]}} with the sizes that you need, or fix the axis at export",
+        ),
+        ({"x0": {**RANGE, "max": [4, 5, 32]}}, "params.shapes.x0: does not fit the file's (?, 3, ?)"),
+        (
+            {"x0": {key: value[:2] for key, value in RANGE.items()}},
+            "params.shapes.x0: does not fit the file's (?, 3, ?)",
+        ),
+        ({"x0": RANGE, "y": RANGE}, "params.shapes.y: there is no such input; the file has x0"),
+    ],
+)
+def test_a_missing_or_wrong_range_is_one_line(shapes, line):
+    assert profiled(shapes, (-1, 3, -1))[0] == {"reason": line}
+
+
+def profiled(shapes, *network):
+    set_shapes = {}
+    profile = SimpleNamespace(set_shape=lambda name, *sizes: set_shapes.update({name: sizes}))
+    builder = SimpleNamespace(create_optimization_profile=lambda: profile)
+    config = SimpleNamespace(add_optimization_profile=lambda profile: None)
+    request = {"min_batch": 2, "opt_batch": 4, "max_batch": 8, "shapes": shapes}
+    return _trt_build.add_profile(builder, config, FakeNetwork(*network), request), set_shapes
 
 
 def test_tensorrt_says_what_is_missing(monkeypatch, tmp_path):
@@ -153,6 +216,8 @@ def test_tensorrt_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     _trt.probe_reason.cache_clear()
     assert "does not import: libnvinfer.so.8" in tensorrt.unavailable_reason()
+    with pytest.raises(RuntimeUnavailable, match=r"^TensorRT is installed but does not work here: [^\n]*$"):
+        tensorrt.build(tmp_path / "net.onnx", tmp_path / "net.engine", tensorrt.Params())
     (tmp_path / "tensorrt.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
     _trt.probe_reason.cache_clear()
     assert "crashed (SIGSEGV)" in tensorrt.unavailable_reason()
@@ -179,7 +244,7 @@ def test_a_builder_that_segfaults_is_a_message_with_its_log(tmp_path, monkeypatc
     path, engine = tmp_path / "net.onnx", tmp_path / "net.engine"
     path.write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]).SerializeToString())
     with pytest.raises(
-        Exception, match=r"the TensorRT builder crashed \(SIGSEGV\): try .* its log is .*net.engine.log"
+        NativeCrash, match=r"the TensorRT builder crashed \(SIGSEGV\): try .* its log is .*net.engine.log"
     ):
         _trt.build(_trt.Flavour("fake_trt", "TensorRT"), path, engine, tensorrt.Params())
     assert (tmp_path / "net.engine.log").read_text() == "INFO: about to parse\n"

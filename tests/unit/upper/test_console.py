@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 
 from sparsify_deploy import console
-from sparsify_deploy.deploy import Built
+from sparsify_deploy.deploy import Built, Inspected
 from sparsify_deploy.doctor import Finding
+from sparsify_deploy.layer_verdict import Known, chain
 from sparsify_deploy.pipeline import Status
 from sparsify_deploy.plan import plan
 from sparsify_deploy.recipe import Recipe
-from sparsify_deploy.reports import LayerSensitivity, RunReport, Score, SensitivityReport
+from sparsify_deploy.reports import LayerReport, LayerSensitivity, RunReport, Score, SensitivityReport
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.project_nm import LayerForecast
 from sparsify_deploy.tables import Table, tables
 from sparsify_deploy.timing import Race
-from sparsify_deploy.types import BuildNotes
+from sparsify_deploy.types import BuildNotes, EngineProfile, LayerTime
 from sparsify_deploy.workspace import Forecast
 
 Capture = pytest.CaptureFixture[str]
@@ -170,21 +171,33 @@ def test_the_other_results_print_as_text_and_as_json(
     race: Callable[..., Race], recipe: Callable[..., Recipe], capsys: Capture
 ) -> None:
     notes = BuildNotes("openvino", "1.0", ("m.xml", "m.bin"), 1.25, {}, True, "[label]", ("[warning]",))
-    layer = {
-        "layer": "/conv[1]",
-        "shape": [8, 8],
-        "precision": "INT8",
-        "int8_in": True,
-        "int8_out": False,
-        "sparsity": 0.5,
-        "pattern_held": True,
-        "pattern_possible": True,
-        "reason": "r",
-    }
+    layer = LayerReport(
+        name="/conv[1]",
+        weight="w",
+        op="Conv",
+        shape=(8, 8),
+        groups=1,
+        precision="INT8",
+        int8_in=True,
+        int8_out=False,
+        weights=64,
+        zeros=32,
+        pattern_possible=True,
+        pattern_held=True,
+        usable=True,
+        rule_of_thumb=False,
+        reason="r",
+        bytes_stored=64,
+        bytes_compressed=40,
+        violations=0,
+        blocks=16,
+        float_reader="Add /add[1]",
+    )
     row = LayerSensitivity("fc[1]", "fc.weight", (8, 16), Score(0.5, 0.25, 1.0), 1, "", None, "[why]")
     alone = SensitivityReport("accuracy", "higher", "train", 40, "2:4", 0.75, 0.5, None, None, "[why]", (row,))
-    look = {"file": "m.onnx", "runtime": None, "metadata": None, "pattern": "2:4", "layers": [layer]}
-    engine = {"file": "m.xml", "runtime": "openvino", "metadata": {"version": "[1]"}, "layers": None}
+    look = Inspected(Path("m.onnx"), "", "2:4", None, chain("m.onnx", [layer], Known()), None)
+    profile = EngineProfile((LayerTime("/conv[1]", (), "jit[1]", 0.25), LayerTime("b", (), "jit", 0.75)), 60)
+    engine = Inspected(Path("m.xml"), "openvino", "2:4", {"version": "[1]"}, None, profile)
     calls: list[tuple[Callable[..., None], Any, str]] = [
         (console.menus, {"methods": {"rigl": "[x] it"}}, "  rigl  [x] it"),
         (console.diagnosis, [Finding("torch", "missing", "[d]", "do x")], "missing torch  [d]: do x"),
@@ -192,8 +205,9 @@ def test_the_other_results_print_as_text_and_as_json(
         (console.raced, [race({"a[b].onnx": 2.0, "c": 1.0})], "2.00x [1.98, 2.02] faster"),
         (console.sensitivity, alone, "1     fc[1]  8x16   0.5000               +0.2500 / +1.0000"),
         (console.sensitivity, alone, "INT8 was not measured: [why]."),
-        (console.inspected, look, "1 of 1 layers hold 2:4 in their final values"),
+        (console.inspected, look, "layer by layer: m.onnx; 1 of 1 hold 2:4"),
         (console.inspected, engine, "  version: [1]"),
+        (console.inspected, engine, "/conv[1]  jit[1]  -          0.2500  25%"),
     ]
     for call, value, text in calls:
         call(value, as_json=False)

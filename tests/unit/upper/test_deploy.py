@@ -53,7 +53,7 @@ def bench(*models: Path, sizes: tuple[int, ...] = (1,), trust: bool = False, run
         round_ms=1.0,
         trust=trust,
         progress=Silent(),
-    )
+    ).races
 
 
 @pytest.mark.parametrize(("text", "sizes"), [("1", (1,)), ("1,8,32", (1, 8, 32)), (" 2 , 3", (2, 3))])
@@ -207,7 +207,9 @@ def test_a_fixed_batch_and_a_second_dynamic_axis_are_refused_by_name(net: Net) -
     with pytest.raises(UsageError, match=r"^fixed\.onnx: input image has the fixed batch size 4: use --batch 4$"):
         bench(fixed)
     assert bench(fixed, sizes=(4,))[0].batch_size == 4
-    with pytest.raises(DataError, match=r"^wide\.onnx: input image has a dynamic axis besides the batch"):
+    with pytest.raises(
+        DataError, match=r"^wide\.onnx: input image .*with a dynamic axis besides the batch: pass --shape"
+    ):
         bench(net("wide.onnx", ("batch", 16, "h", 4)))
 
 
@@ -226,22 +228,75 @@ def test_an_input_without_axes_is_refused_by_name() -> None:
         _shape(IOTensor("x", (), "float32"), 1, "f")
 
 
-def test_inspecting_an_onnx_file_looks_at_its_values(net: Net) -> None:
+def test_inspecting_an_onnx_file_judges_its_values_and_claims_nothing_of_a_builder(net: Net) -> None:
     found = deploy.inspect(net(), "2:4", trust=False)
-    (layer,) = found["layers"]
-    assert (layer["layer"], layer["op"], layer["shape"], layer["precision"]) == ("/conv", "Conv", [8, 16, 1, 1], "FP32")
-    assert layer["sparsity"] == 0.5
-    assert (layer["pattern_possible"], layer["pattern_held"], layer["rule_of_thumb"]) == (True, True, True)
-    (strict,) = deploy.inspect(net(), "1:4", trust=False)["layers"]
-    assert (strict["pattern_possible"], strict["pattern_held"]) == (True, False)
-    (odd,) = deploy.inspect(net(), "1:3", trust=False)["layers"]
-    assert (odd["pattern_possible"], odd["pattern_held"]) == (False, False)
+    assert found.chain is not None
+    (layer,) = found.chain.layers
+    assert (layer.layer, layer.op, layer.shape, layer.precision) == ("/conv", "Conv", (8, 16, 1, 1), "FP32")
+    assert (layer.zeros, layer.pattern_held, layer.shape_rule) == (64, True, True)
+    assert (layer.eligible, layer.picked, layer.kernel, layer.sparse_ms) == (None, None, "", None)
+    assert layer.reason == "weights are FP32, not INT8"
+    strict = deploy.inspect(net(), "1:4", trust=False).chain
+    assert strict is not None
+    assert (strict.layers[0].pattern_held, strict.layers[0].violations, strict.layers[0].blocks) == (False, 32, 32)
+    odd = deploy.inspect(net(), "1:3", trust=False).chain
+    assert odd is not None
+    assert (odd.layers[0].pattern_held, odd.layers[0].reason) == (False, "C_in 16 is not a multiple of 3")
 
 
-def test_inspecting_an_engine_shows_its_record(net: Net, tmp_path: Path) -> None:
+def test_inspecting_an_engine_shows_its_record_with_the_builders_facts(net: Net, tmp_path: Path) -> None:
     engine = deploy.build(net(), "openvino", None, []).engine
     found = deploy.inspect(engine, "2:4", trust=False)
-    assert (found["runtime"], found["layers"]) == ("openvino", None)
-    assert found["metadata"]["params"] == {"precision": "f32"}
+    assert (found.runtime, found.chain, found.profile) == ("openvino", None, None)
+    assert found.record is not None
+    assert found.record["params"] == {"precision": "f32"}
+    assert "facts" in found.record
     with pytest.raises(DataError, match="no such file"):
         deploy.inspect(tmp_path / "gone.onnx", "2:4", trust=False)
+
+
+def test_an_engine_is_judged_with_the_file_it_was_built_from_and_with_no_other(net: Net) -> None:
+    model = net()
+    engine = deploy.build(model, "openvino", None, []).engine
+    found = deploy.inspect(engine, "2:4", trust=False, onnx=model, profile=True)
+    assert found.chain is not None
+    (layer,) = found.chain.layers
+    assert (found.chain.runtime, found.chain.batch_size, layer.picked) == ("openvino", 1, False)
+    assert layer.sparse_ms is not None
+    assert layer.sparse_ms > 0
+    assert layer.kernel
+    other = net("other.onnx", ("n", 16, 8, 8))
+    with pytest.raises(UsageError, match=r"other\.onnx: is not the file that net\.openvino\.xml was built from"):
+        deploy.inspect(engine, "2:4", trust=False, onnx=other)
+    engine.with_name(engine.name + ".json").unlink()
+    with pytest.raises(UsageError, match="no record"):
+        deploy.inspect(engine, "2:4", trust=True, onnx=model)
+    assert deploy.inspect(engine, "2:4", trust=True, profile=True).profile is not None
+
+
+def test_the_builders_lists_in_the_record_decide(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsify_deploy.runtimes import _metadata
+
+    model = net()
+    engine = deploy.build(model, "openvino", None, []).engine
+    said = {"facts": {"sparse_eligible": ["/conv + /relu"], "sparse_picked": ["/conv + /relu"]}}
+    record = {**json.loads(engine.with_name(engine.name + ".json").read_text()), **said}
+    monkeypatch.setattr(_metadata, "check", lambda path, *, trust: record)
+    monkeypatch.setattr(_metadata, "runtime_of", lambda path: "tensorrt")
+    found = deploy.inspect(engine, "2:4", trust=False, onnx=model).chain
+    assert found is not None
+    assert (found.layers[0].eligible, found.layers[0].picked, found.layers[0].reason) == (True, True, "runs sparse")
+
+
+def test_options_for_engines_are_refused_for_an_onnx_file(net: Net) -> None:
+    with pytest.raises(UsageError, match=r"^--profile goes with an engine"):
+        deploy.inspect(net(), "2:4", trust=False, profile=True)
+    with pytest.raises(UsageError, match=r"^--onnx goes with an engine"):
+        deploy.inspect(net(), "2:4", trust=False, onnx=net("b.onnx"))
+
+
+def test_an_engine_that_cannot_run_here_is_not_profiled_and_says_why(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = deploy.build(net(), "openvino", None, []).engine
+    monkeypatch.setattr(menu.entry("runtimes", "openvino"), "cannot_run_reason", lambda: "no device")
+    with pytest.raises(RuntimeUnavailable, match="--profile: no device"):
+        deploy.inspect(engine, "2:4", trust=False, profile=True)

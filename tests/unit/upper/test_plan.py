@@ -10,6 +10,7 @@ import pytest
 from sparsify_deploy.artifacts.fingerprint import canonical
 from sparsify_deploy.plan import Plan, Ref, plan
 from sparsify_deploy.recipe import Recipe
+from sparsify_deploy.reports import SAME_GRAPH
 from sparsify_deploy.stages.benchmark import BenchmarkEngines
 from sparsify_deploy.stages.measure import Measure
 from sparsify_deploy.stages.train import Train
@@ -110,8 +111,14 @@ def test_the_short_route_measures_exports_and_builds_the_checkpoint(recipe: Make
         "benchmark/openvino",
     ]
     assert labels(found) == {"dense/model.report": "dense FP32"}
-    assert variants(found) == [("dense FP32", "dense_engine", "engine")]
-    assert wires(found, "benchmark/openvino") == {"dense_engine": "dense/build_engine.openvino:engine"}
+    assert variants(found) == [
+        ("dense FP32", "dense_engine", "engine"),
+        ("dense BF16", "dense/model.report", "lower_precision"),
+    ]
+    assert wires(found, "benchmark/openvino") == {
+        "dense_engine": "dense/build_engine.openvino:engine",
+        "dense/model.report": "dense/model.report:measured_onnx",
+    }
 
 
 def test_nm_alone_projects_the_checkpoint_and_keeps_the_dense_twin(recipe: Make) -> None:
@@ -128,7 +135,7 @@ def test_nm_alone_projects_the_checkpoint_and_keeps_the_dense_twin(recipe: Make)
     ]
     assert labels(found)["sparse/project_nm.report"] == "1:4 FP32"
     assert wires(found, "sparse/project_nm") == {}
-    assert variants(found) == [("dense FP32", "dense_engine", "engine"), ("1:4 FP32", "sparse_engine", "engine")]
+    assert [label for label, _, _ in variants(found)] == ["dense FP32", "dense BF16", "1:4 FP32"]
 
 
 def test_quantisation_alone_has_no_sparse_branch(recipe: Make) -> None:
@@ -143,6 +150,7 @@ def test_quantisation_alone_has_no_sparse_branch(recipe: Make) -> None:
     ]
     assert variants(found) == [
         ("dense FP32", "dense/model.report", "onnx"),
+        ("dense BF16", "dense/model.report", "lower_precision"),
         ("dense INT8", "dense_engine", "engine"),
     ]
     assert wires(found, "benchmark/openvino") == {
@@ -163,7 +171,11 @@ def test_a_densely_trained_net_that_is_projected_is_trained_once(recipe: Make) -
 def test_without_the_dense_branch_only_the_sparse_one_is_left(recipe: Make) -> None:
     found = plan(recipe(dense_branch=False))
     assert {step.partition("/")[0] for step in ids(found)} == {"sparse", "benchmark"}
-    assert [label for label, _, _ in variants(found)] == ["sparse FP32", "2:4 FP32", "2:4 INT8"]
+    assert [label for label, _, _ in variants(found)] == ["sparse FP32", "2:4 FP32", SAME_GRAPH, "2:4 INT8"]
+    (stage,) = [step.stage for step in found.steps if isinstance(step.stage, BenchmarkEngines)]
+    (twin,) = [variant for variant in stage.variants if variant.label == SAME_GRAPH]
+    assert (twin.kind, twin.kept) == ("dense_weights", False)
+    assert wires(found, "benchmark/openvino")[twin.source] == "sparse/export_onnx:onnx"
     densely = plan(recipe(dense_branch=False, init=None, sparsity=None, train={"method": "dense"}))
     assert labels(densely)["sparse/train.report"] == "dense FP32"
     alone = plan(recipe(**SHORT, dense_branch=False))
@@ -183,6 +195,7 @@ def test_the_first_runtime_races_every_row_the_others_the_ends(recipe: Make) -> 
     assert variants(found) == [
         ("dense FP32", "dense/train.report", "onnx"),
         ("dense FP32, fine-tuned", "dense/fine_tune.report", "onnx"),
+        ("dense BF16", "dense/fine_tune.report", "lower_precision"),
         ("dense INT8", "dense_engine", "engine"),
         ("sparse FP32", "sparse/train.report", "onnx"),
         ("2:4 FP32", "sparse/project_nm.report", "onnx"),
@@ -204,7 +217,8 @@ def test_the_first_runtime_races_every_row_the_others_the_ends(recipe: Make) -> 
 def test_each_label_takes_part_in_a_race_once(recipe: Make, changes: dict[str, object]) -> None:
     found = plan(recipe(**{**changes, "deploy": [{"runtime": "openvino"}, {"runtime": "onnxruntime"}]}))
     for runtime in ("openvino", "onnxruntime"):
-        assert [label for label, _, _ in variants(found, runtime)] == ["dense FP32"]
+        lower = ["dense BF16"] if runtime == "openvino" else []
+        assert [label for label, _, _ in variants(found, runtime)] == ["dense FP32", *lower]
 
 
 def test_no_deploy_means_no_export_no_engine_and_no_race(recipe: Make) -> None:

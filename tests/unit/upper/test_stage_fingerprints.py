@@ -105,8 +105,10 @@ def other_folder(value: Path, folder: Path) -> Path:
     """A copy of a folder in which each file has one byte more."""
     copy = folder / f"another-{value.name}"
     copy.mkdir(exist_ok=True)
-    for file in value.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes() + b"x")
+    for file in (file for file in value.rglob("*") if file.is_file()):
+        target = copy / file.relative_to(value)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes() + b"x")
     return copy
 
 
@@ -137,7 +139,10 @@ def examples_of(which: str, name: str, folder: Path) -> dict[str, Any]:
     needed: dict[tuple[str, str], dict[str, Any]] = {
         ("models", "builtin"): {"name": "resnet8"},
         ("models", "file"): {"path": folder / "model.py", "arguments": {"width": 3}},
+        ("models", "timm"): {"name": "resnet18", "arguments": {"drop_rate": 3}},
+        ("models", "torchvision"): {"name": "resnet18", "arguments": {"width_per_group": 3}},
         ("datasets", "file"): {"path": folder / "data.py", "arguments": {"width": 3}},
+        ("datasets", "folder"): {"path": folder / "images"},
         ("datasets", "npz"): {"path": folder / "data.npz"},
         ("datasets", "parquet"): {"path": folder / "parquet"},
     }
@@ -155,13 +160,16 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "parquet").mkdir()
     for name in ("train-0.parquet", "test-0.parquet", "train-0.parquetx", "test-0.parquetx"):
         (tmp_path / "parquet" / name).write_text(name, encoding="utf-8")
+    for name in ("train", "trainx", "test", "else"):
+        (tmp_path / "images" / name / "a").mkdir(parents=True)
+        (tmp_path / "images" / name / "a" / "0.png").write_text(name, encoding="utf-8")
     real = menu.entry
 
     def entry(which: str, name: str) -> Any:
         if name in menu.names(which):
             return real(which, name)
         method = {"NEEDS_MASK": True, "NEEDS_SPARSITY": False, "LEAVES_MASK": True}
-        return SimpleNamespace(VERSION=1, files=lambda params: {}, SUFFIX=".x", **method)
+        return SimpleNamespace(VERSION=1, files=lambda params: {}, SUFFIX=".x", FLAVOUR="tensorrt", **method)
 
     monkeypatch.setattr(menu, "entry", entry)
     monkeypatch.setattr(pipeline, "fact", lambda name: f"{name} 1")
@@ -241,8 +249,11 @@ def _runs(cls: type) -> bool:
     return all(hasattr(cls, name) for name in ("name", "version", "inputs", "outputs", "run"))
 
 
+BOTH_FLAVOURS = [{"runtime": "openvino"}, {"runtime": "onnxruntime"}]
+
+
 def test_the_recipe_with_every_section_reaches_every_stage_class(recipe: Make) -> None:
-    reached = {type(step.stage) for step in plan(recipe(), sensitivity=True).steps}
+    reached = {type(step.stage) for step in plan(recipe(deploy=BOTH_FLAVOURS), sensitivity=True).steps}
     assert reached == stage_classes()
 
 
@@ -279,7 +290,8 @@ def check_leaves(steps: tuple[PlannedStep, ...], prints: Prints, folder: Path, o
 def test_every_leaf_of_every_stages_settings_changes_its_fingerprint(
     recipe: Make, prints: Prints, tmp_path: Path
 ) -> None:
-    assert len(check_leaves(plan(recipe(), sensitivity=True).steps, prints, tmp_path)) > 500
+    steps = plan(recipe(deploy=BOTH_FLAVOURS), sensitivity=True).steps
+    assert len(check_leaves(steps, prints, tmp_path)) > 500
 
 
 @pytest.mark.parametrize(("which", "name"), [pytest.param(*entry, id="-".join(entry)) for entry in ENTRIES])
@@ -322,9 +334,13 @@ def test_walking_finds_the_deepest_fields_of_each_kind(recipe: Make, tmp_path: P
 NO_RESULT_DEPENDS_ON = {
     *(".version", ".name", ".name=None", ".threads", ".store"),
     *(".gates.metric", ".gates.max_drop", ".gates.min_speedup", ".gates.min_sparsity"),
+    ".gates.min_predicted_speedup",
+    *(f".prediction.{field}{how}" for field in ("gpus", "batch_sizes") for how in ("[0]", "[1]", "+1", "reversed")),
     *(".train.training.optimizer={}", ".train.training.schedule={}"),
+    ".deploy[0].triton",
 }
-"""Fields of a recipe that no step's fingerprint holds: gates are judged after the run, `{}` overrides nothing."""
+"""Fields of a recipe that no step's fingerprint holds: gates are judged and Triton's files written after the run,
+`{}` overrides nothing."""
 
 
 def test_every_field_of_a_recipe_reaches_the_fingerprint_of_some_step(
@@ -452,6 +468,7 @@ def test_results_that_depend_on_the_machine_say_so(recipe: Make, fact: str, stag
         ("models", "file", "model.py"),
         ("models", "builtin", "start.safetensors"),
         ("datasets", "file", "data.py"),
+        ("datasets", "folder", "images/test/a/0.png"),
         ("datasets", "npz", "data.npz"),
         ("datasets", "parquet", "parquet/train-0.parquet"),
         ("datasets", "parquet", "parquet/test-0.parquet"),
@@ -462,14 +479,15 @@ def test_files_enter_by_content_and_not_by_place(
 ) -> None:
     start = with_entry(recipe, which, name, tmp_path)
     before = prints.all(start)
+    original = (tmp_path / file).read_text(encoding="utf-8")
     (tmp_path / file).write_text("changed", encoding="utf-8")
     after = prints.all(start)
     assert all(after[step] != before[step] for step in before)
-    (tmp_path / file).write_text(Path(file).name, encoding="utf-8")
+    (tmp_path / file).write_text(original, encoding="utf-8")
     assert prints.all(start) == before
     moved = tmp_path / "moved"
     moved.mkdir()
-    for kept in ("model.py", "data.py", "data.npz", "start.safetensors", "parquet"):
+    for kept in ("model.py", "data.py", "data.npz", "start.safetensors", "parquet", "images"):
         (tmp_path / kept).rename(moved / kept)
     assert prints.all(with_entry(recipe, which, name, moved)) == before
 

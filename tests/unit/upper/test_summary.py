@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from sparsify_deploy.pipeline import Outcome
 from sparsify_deploy.plan import Plan, plan
 from sparsify_deploy.recipe import Recipe
 from sparsify_deploy.reports import (
+    SAME_GRAPH,
     BenchmarkReport,
     Gate,
     LayerSensitivity,
@@ -29,10 +32,12 @@ from sparsify_deploy.reports import (
 )
 from sparsify_deploy.summary import publish, summarise
 from sparsify_deploy.timing import Race
+from sparsify_deploy.types import EngineProfile, LayerTime
 from sparsify_deploy.workspace import exit_code, read_report
 
 Make = Callable[..., Recipe]
 Races = Callable[..., Race]
+LEFT_OUT = ("benchmark/openvino: x not raced: no BF16",)
 TRAINED = {"history": {"steps": 12}, "cost": {"relative_training_flops": 0.5, "train_s": 2.25}}
 
 
@@ -51,18 +56,31 @@ def outcomes(tmp_path: Path, row: Callable[..., Row], race: Races) -> Callable[.
             measured: dict[str, Any] = dict((facts or {}).get(step.id, {}))
             if step.stage.name == "measure":
                 outputs["report"].write_text(dump(row(step.label, step.id, {"accuracy": 0.9, "loss": 0.5}).model))
+                outputs["measured_onnx"].write_text(f"onnx of {step.id}")
             elif step.stage.name == "benchmark":
-                labels = [variant.label for variant in step.stage.variants]  # type: ignore[attr-defined]
+                variants = step.stage.variants  # type: ignore[attr-defined]
+                labels = [variant.label for variant in variants]
                 taken = race({label: (times or {}).get(label, 1.0) for label in labels})
-                report = BenchmarkReport(step.id.partition("/")[2], 1, None, (taken,))
+                found_metrics = {v.label: {"accuracy": 0.895} for v in variants if v.kind == "lower_precision"}
+                layer = LayerTime("conv + relu", ("conv",), "jit", 0.25)
+                profiles = {v.label: EngineProfile((layer,), 60) for v in variants if v.kind != "onnx"}
+                report = BenchmarkReport(
+                    step.id.partition("/")[2], 1, None, (taken,), found_metrics, {"x": "no BF16"}, profiles
+                )
                 outputs["benchmark"].write_text(dump(report))
-            elif step.stage.name == "export_onnx":
+                for variant in variants:
+                    if variant.kept:
+                        folder_of = outputs["raced"] / variant.folder
+                        folder_of.mkdir(parents=True, exist_ok=True)
+                        (folder_of / "model.xml").write_text(f"<net>{variant.label}</net>")
+            elif step.stage.name.startswith("export_onnx"):
                 outputs["onnx"].write_text(f"onnx of {step.id}")
             elif step.stage.name == "build_engine":
                 outputs["engine"].mkdir(exist_ok=True)
                 (outputs["engine"] / "model.xml").write_text(f"<net>{step.id}</net>")
-                built = {"version": "1.0", "label": "", "files": ["model.xml"]}
-                measured |= {"bytes": 7, "build": built, "metrics": {"accuracy": 0.88}}
+                built = {"version": "1.0", "label": "", "files": ["model.xml"], "facts": {}}
+                layers = [dataclasses.asdict(one) for one in row("x INT8", "s", {}, usable=True).model.layers]
+                measured |= {"bytes": 7, "build": built, "metrics": {"accuracy": 0.88}, "file_layers": layers}
             digests = {n: file_digest(p) if p.exists() else "0" * 64 for n, p in outputs.items()}
             record = Record(step.stage.name, "f" * 64, {}, folder, outputs, digests, {}, measured, 1.5, "now")
             made.append(Outcome(step, record, True, "first time"))
@@ -133,6 +151,7 @@ def test_what_was_left_out_is_noted_with_its_reason(recipe: Make, outcomes: Call
         "sparse/project_nm: b not projected: C_in 3",
         "sparse/quantize: fc not quantised: kept float",
         "sparse/build_engine.openvino: not run here: no GPU",
+        *LEFT_OUT,
     )
 
 
@@ -163,6 +182,7 @@ def test_what_permuting_won_is_noted_with_the_layers_it_left(
         "sparse/project_nm: channels of 1 of 2 layers permuted: 2:4 keeps 77.75% of their L1 magnitude, without "
         "75.00%; outputs differ by 2.0e-15 in float64",
         "sparse/project_nm: b not permuted: its input is read by a view",
+        *LEFT_OUT,
     )
 
 
@@ -203,10 +223,10 @@ def test_a_layer_that_training_emptied_is_named_in_the_notes_and_in_the_verdict(
     last = {"step": 6, "densities": {**before, "fc.weight": 0.0}}
     history = {"steps": 12, "densities": before, "updates": [first, last]}
     report = summarise(found, outcomes(found, facts={"sparse/train": {"history": history}}), None)
-    assert report.notes == ("sparse/train: layer collapse, no weight is left in fc",)
+    assert report.notes == ("sparse/train: layer collapse, no weight is left in fc", *LEFT_OUT)
     assert "fc" in report.verdict
     history["updates"] = [first, {**last, "densities": before}]
-    assert summarise(found, outcomes(found, facts={"sparse/train": {"history": history}}), None).notes == ()
+    assert summarise(found, outcomes(found, facts={"sparse/train": {"history": history}}), None).notes == LEFT_OUT
 
 
 def test_a_teacher_a_pattern_that_does_not_fit_and_a_fits_own_words_are_noted(
@@ -229,26 +249,47 @@ def test_a_teacher_a_pattern_that_does_not_fit_and_a_fits_own_words_are_noted(
         "sparse/quantize: distilled from a dense teacher by the features of layer1, layer2, weight 0.9; "
         "its forward pass adds 33% of a dense step, which the FLOPs leave out",
         "sparse/quantize: fp16: gradients overflowed",
+        *LEFT_OUT,
     )
 
 
 def test_int8_that_is_slower_is_noted(recipe: Make, outcomes: Callable[..., list[Outcome]]) -> None:
-    found = plan(recipe(deploy=[{"runtime": "openvino"}, {"runtime": "onnxruntime"}]))
-    notes = summarise(found, outcomes(found, {"dense INT8": 2.0, "2:4 INT8": 0.5}), None).notes
+    foreign = {"runtime": "onnxruntime", "flavour": "tensorrt"}
+    found = plan(recipe(deploy=[{"runtime": "openvino"}, foreign]))
+    times, facts = {"dense INT8": 2.0, "2:4 INT8": 0.5}, {"dense/export_onnx": {"flavour": "tensorrt"}}
+    report = summarise(found, outcomes(found, times, facts=facts), None)
+    assert {(e.branch, e.flavour) for e in report.engines} == {("dense", "tensorrt"), ("sparse", "none")}
+    notes = report.notes
     assert notes == (
+        *LEFT_OUT,
         "benchmark/openvino: dense INT8 is slower than dense FP32 at batch 1 (0.50x)",
+        "benchmark/onnxruntime: x not raced: no BF16",
         "benchmark/onnxruntime: dense INT8 is 0.50x of dense FP32 at batch 1, slower: this file's Q/DQ is placed for "
         "TensorRT and OpenVINO",
     )
 
 
-def test_an_int8_engine_that_races_alone_is_compared_with_nothing(
+def test_a_slow_engine_of_onnx_runtimes_own_flavour_is_not_put_down_to_the_other(
+    recipe: Make, outcomes: Callable[..., list[Outcome]]
+) -> None:
+    found = plan(recipe(deploy=[{"runtime": "onnxruntime"}]))
+    facts = {"dense/export_onnx.onnxruntime": {"flavour": "onnxruntime"}}
+    report = summarise(found, outcomes(found, {"dense INT8": 2.0}, facts=facts), None)
+    assert [e.flavour for e in report.engines if e.branch == "dense"] == ["onnxruntime"]
+    assert "benchmark/onnxruntime: dense INT8 is slower than dense FP32 at batch 1 (0.50x)" in report.notes
+    assert "TensorRT and OpenVINO" not in " ".join(report.notes)
+
+
+def test_without_a_dense_branch_the_race_is_against_the_same_graph(
     recipe: Make, outcomes: Callable[..., list[Outcome]]
 ) -> None:
     found = plan(recipe(dense_branch=False, deploy=[{"runtime": "openvino"}, {"runtime": "onnxruntime"}]))
-    report = summarise(found, outcomes(found), None)
-    assert report.benchmarks[1].races[0].labels == ("2:4 INT8",)
-    assert report.notes == ()
+    report = summarise(found, outcomes(found, {"2:4 INT8": 2.0, SAME_GRAPH: 1.0}), None)
+    assert report.benchmarks[1].races[0].labels == (SAME_GRAPH, "2:4 INT8")
+    assert "x of dense" not in " ".join(report.notes)
+    assert "against the same graph, dense weights (its accuracy is unknown)" in report.verdict
+    assert report.shipped is None
+    assert [chain.twin for chain in report.chains] == [SAME_GRAPH, SAME_GRAPH]
 
 
 def test_publishing_writes_reports_recipe_and_engines_and_leaves_what_is_the_same(
@@ -288,3 +329,129 @@ def test_the_report_is_strict_json(recipe: Make, outcomes: Callable[..., list[Ou
     found = plan(recipe())
     text = dump(summarise(found, outcomes(found), None))
     assert json.loads(text, parse_constant=pytest.fail)["recipe"] == "full"
+
+
+def shipped(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "deploy" / "deploy.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("times", "label", "engine", "onnx", "value"),
+    [
+        ({"dense FP32": 1.0, "dense BF16": 1.0}, "dense FP32", "dense FP32", "dense/train.report", 0.9),
+        ({"dense FP32": 3.0, "dense BF16": 1.0}, "dense BF16", "dense BF16", "dense/fine_tune.report", 0.895),
+        (
+            {"dense FP32": 3.0, "dense INT8": 0.5},
+            "dense INT8",
+            "dense/build_engine.openvino",
+            "dense/export_onnx",
+            0.88,
+        ),
+        ({"dense FP32": 3.0, "2:4 INT8": 0.5}, "2:4 INT8", "sparse/build_engine.openvino", "sparse/export_onnx", 0.88),
+    ],
+)
+def test_deploy_holds_the_engine_the_verdict_ships_and_the_file_it_was_built_from(
+    recipe: Make,
+    outcomes: Callable[..., list[Outcome]],
+    recipe_file: Path,
+    tmp_path: Path,
+    times: Mapping[str, float],
+    label: str,
+    engine: str,
+    onnx: str,
+    value: float,
+) -> None:
+    found = plan(recipe())
+    made = outcomes(found, times)
+    report = summarise(found, made, None)
+    assert report.verdict.startswith(f"Verdict: ship the {label} model")
+    assert report.shipped is not None
+    run, digests = tmp_path / "run", DigestCache(tmp_path / "digests.json")
+    publish(run, report, made, recipe_file, digests)
+    assert (run / "deploy" / "model.xml").read_text() == f"<net>{engine}</net>"
+    assert (run / "deploy" / "model.onnx").read_text() == f"onnx of {onnx}"
+    note = shipped(run)
+    assert (note["model"], note["runtime"], note["why"]) == (label, "openvino", report.verdict)
+    assert note["accuracy"]["value"] == value
+    assert ("torch" in note["accuracy"]["how"]) == (label == "dense FP32")
+    assert note["latency"][0]["p50_ms"] == times[label]
+    assert note["sha256"]["model.xml"] == file_digest(run / "deploy" / "model.xml")
+    assert sorted(report.shipped.files) == sorted(p.name for p in (run / "deploy").iterdir())
+
+
+def test_deploy_follows_the_verdict_and_goes_with_it(
+    recipe: Make, outcomes: Callable[..., list[Outcome]], recipe_file: Path, tmp_path: Path
+) -> None:
+    found = plan(recipe())
+    run, digests = tmp_path / "run", DigestCache(tmp_path / "digests.json")
+
+    def published(made: list[Outcome]) -> RunReport:
+        report = summarise(found, made, None)
+        publish(run, report, made, recipe_file, digests)
+        return report
+
+    fast = outcomes(found, {"dense FP32": 3.0, "dense BF16": 3.0, "dense INT8": 0.5})
+    published(fast)
+    inode = (run / "deploy" / "model.xml").stat().st_ino
+    published(fast)
+    assert (run / "deploy" / "model.xml").stat().st_ino == inode, "what is the same stays"
+    (run / "deploy" / "model.xml").write_text("tampered")
+    (run / "deploy" / "stale").write_text("x")
+    published(fast)
+    assert (run / "deploy" / "model.xml").read_text() == "<net>dense/build_engine.openvino</net>"
+    assert not (run / "deploy" / "stale").exists()
+    published(outcomes(found, {"dense FP32": 1.0}))
+    assert shipped(run)["model"] == "dense FP32"
+    assert (run / "deploy" / "model.xml").read_text() == "<net>dense FP32</net>"
+    stopped = [o for o in fast if o.step.stage.name != "benchmark"]
+    assert published(stopped).shipped is None
+    assert not (run / "deploy").exists()
+    assert not list(run.glob("deploy*"))
+
+
+def test_an_onnx_runtime_engine_is_its_onnx_file_and_lies_in_deploy_once(
+    recipe: Make, outcomes: Callable[..., list[Outcome]], recipe_file: Path, tmp_path: Path
+) -> None:
+    found = plan(recipe(deploy=[{"runtime": "onnxruntime"}]))
+    made = outcomes(found, {"dense FP32": 3.0, "dense INT8": 0.5})
+    (built,) = [o.record.outputs["engine"] for o in made if o.step.id == "dense/build_engine.onnxruntime"]
+    shutil.rmtree(built)
+    built.mkdir()
+    (built / "model.onnx").write_text("the engine")
+    report = summarise(found, made, None)
+    publish(tmp_path / "run", report, made, recipe_file, DigestCache(tmp_path / "digests.json"))
+    assert sorted(p.name for p in (tmp_path / "run" / "deploy").iterdir()) == ["deploy.json", "model.onnx"]
+    assert (tmp_path / "run" / "deploy" / "model.onnx").read_text() == "the engine"
+
+
+def test_a_model_below_the_accuracy_gate_is_not_deployed(recipe: Make, outcomes: Callable[..., list[Outcome]]) -> None:
+    found = plan(recipe(gates={"max_drop": 0.01}))
+    report = summarise(found, outcomes(found, {"dense FP32": 3.0, "dense BF16": 2.0, "2:4 INT8": 0.1}), None)
+    assert report.shipped is not None
+    assert report.shipped.model == "dense BF16", "0.895 on its own engine; the INT8 engines have 0.88"
+
+
+def test_the_chain_of_each_runtime_has_the_builds_facts_and_both_profiles(
+    recipe: Make, outcomes: Callable[..., list[Outcome]]
+) -> None:
+    found = plan(recipe(deploy=[{"runtime": "openvino"}, {"runtime": "tensorrt_rtx"}]))
+    made = outcomes(found)
+    for outcome in made:
+        if outcome.step.id == "sparse/build_engine.tensorrt_rtx":
+            outcome.record.measured["build"]["facts"] = {"sparse_verdict": "no verdict"}  # type: ignore[index]
+    first, second = summarise(found, made, None).chains
+    assert (first.model, first.runtime, first.twin, first.batch_size) == ("2:4 INT8", "openvino", "dense INT8", 1)
+    (row,) = first.layers
+    assert (row.layer, row.dense_ms, row.sparse_ms, row.kernel, row.picked) == ("conv", 0.25, 0.25, "jit", False)
+    assert (second.runtime, second.layers[0].picked, second.notes) == ("tensorrt_rtx", None, ("no verdict",))
+
+
+def test_a_run_without_engines_still_says_what_the_file_tells(
+    recipe: Make, outcomes: Callable[..., list[Outcome]]
+) -> None:
+    found = plan(recipe(deploy=[]))
+    report = summarise(found, outcomes(found), None)
+    (chain,) = report.chains
+    assert (chain.model, chain.runtime, chain.batch_size) == ("2:4 INT8", "", None)
+    assert report.shipped is None

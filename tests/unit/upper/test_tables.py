@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sparsify_deploy.errors import CorruptArtifact
+from sparsify_deploy.layer_verdict import Known, chain
 from sparsify_deploy.reports import (
     Gate,
     LayerSensitivity,
@@ -19,13 +20,28 @@ from sparsify_deploy.reports import (
     RunReport,
     Score,
     SensitivityReport,
+    Shipped,
     StepRow,
     dump,
     load,
     to_json,
 )
-from sparsify_deploy.tables import Table, advice, kib, levels, markdown, race_table, sensitivity, tables, waterfall
+from sparsify_deploy.tables import (
+    Table,
+    advice,
+    engines,
+    kib,
+    layer_table,
+    layers,
+    levels,
+    markdown,
+    race_table,
+    sensitivity,
+    tables,
+    waterfall,
+)
 from sparsify_deploy.timing import Race
+from sparsify_deploy.types import EngineProfile, LayerTime
 
 
 def cells(table: Table, first: str) -> dict[str, str]:
@@ -276,3 +292,83 @@ def test_the_waterfall_says_what_a_flop_is(report: RunReport) -> None:
     how = waterfall(report).how
     assert "FLOPs (2 x MACs" in how
     assert "train s is the time it took" in how
+
+
+def chained(report: RunReport, **known: object) -> Table:
+    return layer_table(chain("2:4 INT8", report.rows[-1].model.layers, Known(**known), "dense INT8"))  # type: ignore[arg-type]
+
+
+def test_a_layer_shows_the_whole_chain_and_both_times(report: RunReport) -> None:
+    times = EngineProfile((LayerTime("conv", ("conv",), "brgconv", 0.5),), 60, "how it was averaged")
+    table = chained(report, runtime="openvino", dense=times, sparse=times, batch_size=8)
+    assert cells(table, "conv") == {
+        "layer": "conv",
+        "shape": "64x64x3x3",
+        "2:4": "held",
+        "shape rule": "yes",
+        "INT8 in / out": "yes / no",
+        "eligible / picked": "not told / no",
+        "kernel": "brgconv",
+        "dense / sparse ms": "0.5000 / 0.5000",
+        "why": "output is not quantised: it is read in FP16 or FP32",
+        "advice": "put Q/DQ behind it",
+    }
+    assert table.title == "What ran sparse, layer by layer: 2:4 INT8 in OpenVINO: 0 of 1; 1 of 1 hold 2:4"
+    for text in (
+        "whether hardware could use it",
+        "for it has none",
+        "dense INT8 / 2:4 INT8, profiler on, wall time, batch 8, mean over 60 runs",
+        "no speed-up is claimed",
+        "how it was averaged",
+    ):
+        assert text in table.how
+
+
+def test_what_nobody_told_is_not_told_and_what_was_not_timed_has_no_column(report: RunReport) -> None:
+    table = chained(report, runtime="tensorrt_rtx", facts={"sparse_verdict": "no verdict from this build"})
+    assert cells(table, "conv")["eligible / picked"] == "not told / not told"
+    assert "TensorRT-RTX: not told;" in table.title
+    assert not [column for column in table.columns if "ms" in column]
+    assert "no verdict from this build" in table.how
+    assert "profiler" not in table.how
+    assert "for it has none" not in table.how
+    alone = chained(report)
+    assert not {"eligible / picked", "kernel"} & {*alone.columns}
+    assert "builder" not in alone.how
+
+
+def test_a_builder_that_picked_is_counted(report: RunReport) -> None:
+    facts = {"sparse_eligible": ["conv"], "sparse_picked": ["conv"]}
+    table = chained(report, runtime="tensorrt", facts=facts)
+    assert cells(table, "conv")["eligible / picked"] == "yes / yes"
+    assert "TensorRT: 1 of 1; 1 of 1 hold 2:4" in table.title
+    assert "the word of TensorRT's builder" in table.how
+
+
+def test_the_first_runtimes_chain_is_shown_and_those_of_runtimes_with_sparse_kernels(report: RunReport) -> None:
+    rows = report.rows[-1].model.layers
+    chains = tuple(chain("m", rows, Known(runtime=name)) for name in ("openvino", "onnxruntime", "tensorrt"))
+    found = layers(dataclasses.replace(report, chains=chains))
+    assert [table.title.split(" in ")[1].split(":")[0] for table in found] == ["OpenVINO", "TensorRT"]
+    assert found[-1].how.endswith("The same for ONNX Runtime stands in report.json.")
+
+
+def test_the_chain_survives_json_and_is_in_the_markdown(report: RunReport, tmp_path: Path) -> None:
+    whole = dataclasses.replace(
+        report,
+        chains=(chain("2:4 INT8", report.rows[-1].model.layers, Known(runtime="openvino")),),
+        shipped=Shipped("dense INT8", "openvino", ("model.xml",), 0.89, "how"),
+    )
+    path = tmp_path / "report.json"
+    path.write_text(dump(whole), encoding="utf-8")
+    assert load(RunReport, path) == whole
+    assert "## What ran sparse, layer by layer" in markdown(whole)
+
+
+def test_the_engines_say_what_deploy_holds(report: RunReport) -> None:
+    assert "there is no deploy/, for the verdict recommends no model" in engines(report).how
+    shipped = Shipped("dense INT8", "openvino", ("model.xml",), 0.89, "how")
+    assert (
+        "deploy/ holds what the verdict ships: dense INT8 for openvino."
+        in engines(dataclasses.replace(report, shipped=shipped)).how
+    )

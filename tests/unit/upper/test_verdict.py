@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from sparsify_deploy import menu
-from sparsify_deploy.reports import BenchmarkReport, EngineRow, Gate, Row
+from sparsify_deploy.layer_verdict import Known, chain
+from sparsify_deploy.reports import SAME_GRAPH, BenchmarkReport, EngineRow, Gate, Row
 from sparsify_deploy.timing import Race
-from sparsify_deploy.verdict import SPARSE_KERNELS, Evidence, gates, verdict
+from sparsify_deploy.verdict import SPARSE_KERNELS, Evidence, choice, gates, value_of, verdict
 
 Rows = Callable[..., Row]
 Races = Callable[..., Race]
@@ -188,7 +189,7 @@ def test_the_sparse_branch_alone_has_no_twin(evidence: MakeEvidence) -> None:
     found = dataclasses.replace(evidence({"2:4 INT8": 1.0}, {"2:4 INT8": 0.9}), dense=None, dense_start=None)
     text = verdict(found, None)
     assert text == (
-        "Verdict: no recommendation, for there is no dense twin to compare with (dense_branch is off); "
+        "Verdict: no recommendation, for there is no dense twin whose accuracy is known (dense_branch is off); "
         "accuracy 0.9000 2:4 INT8."
     )
     (gate,) = gates(found, {**NONE, "min_speedup": 1.0})
@@ -241,3 +242,69 @@ def test_where_no_model_holds_the_gate_none_is_shipped(evidence: MakeEvidence) -
 def test_a_collapsed_layer_is_part_of_the_verdict(evidence: MakeEvidence, times: dict[str, float] | None) -> None:
     found = dataclasses.replace(evidence(times, EQUAL), collapsed=("conv1", "fc"))
     assert verdict(found, None).endswith("; layer collapse: no weight is left in conv1, fc.")
+
+
+@pytest.mark.parametrize(
+    ("times", "value", "max_drop", "shipped"),
+    [
+        ((3.0, 1.0, 1.0, 1.0), 0.9, None, "dense BF16"),
+        ((3.0, 2.0, 1.0, 1.0), 0.9, None, "dense INT8"),
+        ((3.0, 2.0, 1.0, 0.5), 0.9, None, "2:4 INT8"),
+        ((1.0, 1.0, 1.0, 1.0), 0.9, None, "dense FP32"),
+        ((3.0, 1.0, 2.0, 2.0), 0.8, 0.02, "dense INT8"),
+        ((3.0, 1.0, 2.0, 2.0), 0.89, 0.02, "dense BF16"),
+    ],
+)
+def test_a_lower_float_precision_is_shipped_where_it_is_the_simplest_that_nothing_beats(
+    evidence: MakeEvidence, times: tuple[float, ...], value: float, max_drop: float | None, shipped: str
+) -> None:
+    labels = ("dense FP32", "dense BF16", "dense INT8", "2:4 INT8")
+    found = evidence(dict(zip(labels, times, strict=True)), EQUAL)
+    raced = dataclasses.replace(found.benchmarks[0], metrics={"dense BF16": {"accuracy": value}})
+    found = dataclasses.replace(found, benchmarks=(raced,))
+    assert verdict(found, max_drop).startswith(f"Verdict: ship the {shipped} model; ")
+    assert choice(found, max_drop) == shipped
+
+
+def test_nothing_is_chosen_without_a_race_or_a_twin_or_where_none_holds_the_gate(evidence: MakeEvidence) -> None:
+    assert choice(evidence(None, EQUAL), None) is None
+    alone = dataclasses.replace(evidence({"2:4 INT8": 1.0}, {"2:4 INT8": 0.9}), dense=None, dense_start=None)
+    assert choice(alone, None) is None
+    out = evidence({"dense INT8": 1.0}, {"dense FP32": 0.9, "dense INT8": 0.5})
+    assert choice(out, 0.1) is None
+    assert verdict(out, 0.1).startswith("Verdict: no model holds the accuracy gate")
+
+
+def test_without_a_twin_the_same_graph_stands_in_and_its_accuracy_is_called_unknown(evidence: MakeEvidence) -> None:
+    for ms, said in ((0.5, "against the same graph, dense weights (its accuracy is unknown) is 2.00x"), (1.0, "noise")):
+        found = evidence({SAME_GRAPH: 1.0, "2:4 INT8": ms}, {"2:4 INT8": 0.9})
+        found = dataclasses.replace(found, dense=None, dense_start=None)
+        text = verdict(found, None)
+        assert text.startswith("Verdict: no recommendation")
+        assert said in text
+        assert "its accuracy is unknown" in text
+        (gate,) = gates(found, {**NONE, "min_speedup": 1.5})
+        assert (gate.value, gate.met) == (pytest.approx(1 / ms), ms == 0.5)
+        assert gate.how.startswith("median ratio to the same graph, dense weights")
+
+
+def test_a_runtime_with_sparse_kernels_is_quoted_on_what_it_picked(evidence: MakeEvidence) -> None:
+    times = {"dense FP32": 3.0, "dense INT8": 1.0, "2:4 INT8": 0.5}
+    found = evidence(times, EQUAL, runtime="tensorrt")
+    assert found.sparse is not None
+    assert "the builder did not tell which of them run sparse" in verdict(found, None)
+    facts = {"sparse_eligible": ["conv"], "sparse_picked": ["conv"]}
+    told = chain("2:4 INT8", found.sparse.model.layers, Known(runtime="tensorrt", facts=facts))
+    text = verdict(dataclasses.replace(found, chain=told), None)
+    assert "1 of 1 layers hold 2:4, the builder picked sparse kernels for 1" in text
+    assert "was not measured here" not in text
+
+
+def test_where_a_candidates_metric_was_taken_is_said(evidence: MakeEvidence, engine: Engines) -> None:
+    found = evidence({"dense FP32": 1.0}, EQUAL, engines=(engine("dense", {"accuracy": 0.7}),))
+    raced = dataclasses.replace(found.benchmarks[0], metrics={"dense BF16": {"accuracy": 0.85}})
+    found = dataclasses.replace(found, benchmarks=(raced,))
+    assert value_of(found, "dense FP32") == (0.9, "all test examples, the same model in torch")
+    assert value_of(found, "dense BF16") == (0.85, "all test examples, the engine itself")
+    assert value_of(found, "dense INT8") == (0.7, "all test examples, the engine itself")
+    assert value_of(found, "2:4 INT8") == (0.9, "all test examples, the same model in torch")
