@@ -15,6 +15,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sparsify_deploy import cli
 
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller closed it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
         code = cli.call(arguments)
         sys.stdout.flush()
@@ -36,7 +39,7 @@ def _known(error: Exception) -> tuple[Sequence[str], int] | None:
     if isinstance(error, SparsifyError):
         return error.lines, error.exit_code
     if is_out_of_memory(error):
-        return ["out of memory: use a smaller training.batch_size or model"], OutOfResources.exit_code
+        return ["out of memory: use a smaller batch (training.batch_size) or model"], OutOfResources.exit_code
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
         return [], 0

@@ -263,12 +263,15 @@ def build(
     triton: Annotated[
         Path | None, typer.Option(metavar="DIR", help="also put the engine into this Triton model repository")
     ] = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Build an engine from an ONNX file. Needs no torch."""
     from sparsify_deploy import deploy
 
-    console.built(deploy.build(model, runtime, output, sets or (), triton), as_json=as_json)
+    with console.progress(quiet=quiet, verbose=False) as progress:
+        made = deploy.build(model, runtime, output, sets or (), triton, progress=progress)
+    console.built(made, as_json=as_json)
 
 
 @app.command(short_help="Time engines or ONNX files against each other.")

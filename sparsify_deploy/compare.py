@@ -109,8 +109,10 @@ def compare(
         UsageError: an engine's ONNX file is not given, or an option is wrong.
         DataError: the two take other inputs, or have other outputs.
     """
-    if tolerance is not None and not tolerance > 0:
-        raise UsageError(f"--tolerance {tolerance:g}: must be above 0")
+    if tolerance is not None and not 0 < tolerance < float("inf"):
+        raise UsageError(f"--tolerance {tolerance:g}: must be a number above 0")
+    if onnx is not None:
+        existing(onnx, "--onnx ")
     sides = [_side(path, [onnx, reference, other], trust) for path in (reference, other)]
     allowed = tolerance or (ROUNDED_TOLERANCE if any(side.rounds for side in sides) else FLOAT_TOLERANCE)
     fed, how = _inputs(sides, inputs, shapes or {}, batch)
@@ -120,12 +122,17 @@ def compare(
     return Compared(str(reference), str(other), how, allowed, outputs, layers, first)
 
 
+def existing(path: Path, option: str = "") -> None:
+    """Raise DataError unless `path` is a file; `option` is what named it on the command line."""
+    if not path.is_file():
+        raise DataError(f"{option}{path}: " + ("is not a file" if path.exists() else "no such file"))
+
+
 def _side(path: Path, sources: Sequence[Path | None], trust: bool) -> _Side:
     from sparsify_deploy.graph import file
     from sparsify_deploy.runtimes._metadata import check, runtime_of
 
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+    existing(path)
     if path.suffix == ".onnx":
         file.load(path)
         chosen = menu.entry("runtimes", "onnxruntime")
@@ -169,7 +176,13 @@ def _inputs(
             "the same"
         )
     if given is not None:
-        return read_inputs(given), f"{given}"
+        arrays = read_inputs(given)
+        if set(arrays) != {tensor.name for tensor in first}:
+            raise DataError(
+                f"--inputs {given}: holds {', '.join(arrays) or 'nothing'}, and {sides[0].path} takes {_names(first)}: "
+                "one array for each input, by its name"
+            )
+        return arrays, f"{given}"
     wanted = {tensor.name: tensor for tensor in (*first, *second)}
     for tensor in first:  # a fixed axis of either file fixes it
         both = zip(tensor.shape, wanted[tensor.name].shape, strict=False)
@@ -186,16 +199,17 @@ def read_inputs(path: Path) -> dict[str, NDArray[Any]]:
 
     import numpy as np
 
-    if not path.is_file():
-        raise DataError(f"--inputs {path}: no such file")
+    existing(path, "--inputs ")
     try:
         with path.open("rb") as opened:
             loaded = np.load(opened, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
                 raise DataError(f"--inputs {path}: holds one array without a name; write it with numpy.savez")
             return {name: loaded[name] for name in loaded.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"--inputs {path}: is no .npz file of plain arrays: {' '.join(str(error).split())}") from None
+    except (ValueError, EOFError, zipfile.BadZipFile):  # numpy's own words advise to unpickle the file
+        raise DataError(f"--inputs {path}: is no .npz file of plain arrays; write it with numpy.savez") from None
+    except OSError as error:
+        raise DataError(f"--inputs {path}: cannot be read: {error.strerror or error}") from None
 
 
 def _names(tensors: Sequence[IOTensor]) -> str:

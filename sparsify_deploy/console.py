@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,16 @@ def error(text: str) -> None:
 def _json(value: Json) -> None:
     import json
 
-    out(json.dumps(value, indent=1, sort_keys=True, default=str))
+    out(json.dumps(_finite(value), indent=1, sort_keys=True, default=str, allow_nan=False))
+
+
+def _finite(value: Json) -> Json:
+    """`value` with null for what is infinite or not a number, which JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _print(table: Table) -> None:
@@ -172,13 +182,15 @@ def menus(found: Mapping[str, Mapping[str, str]], *, as_json: bool) -> None:
 
 def started(found: Start, *, as_json: bool) -> None:
     """A recipe that was written."""
+    from shlex import quote
+
     projected = sum(layer.projected for layer in found.layers)
     if as_json:
         layers = [vars(layer) for layer in found.layers]
         _json({"recipe": str(found.recipe), "examples": found.examples, "layers": layers})
         return
     out(f"{found.recipe}: 2:4 for {projected} of {len(found.layers)} layers, {found.examples} training examples")
-    out(f"next: sparsify-deploy plan {found.recipe}")
+    out(f"next: sparsify-deploy plan {quote(str(found.recipe))}{' --trust-code' if found.runs_code else ''}")
 
 
 def validated(path: Path, recipe: Recipe, *, as_json: bool) -> None:
@@ -405,6 +417,17 @@ def compared(found: Compared, *, as_json: bool) -> None:
         out(f"no output and none of {len(layers)} layers differs by more than {found.tolerance:g}")
 
 
+def _words(value: Json) -> str:
+    """A value of a record on one line, as words."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_words(part)}" for key, part in value.items() if part not in ("", [], {}))
+    if isinstance(value, list):
+        return ", ".join(map(_words, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)
+
+
 def inspected(found: Inspected, *, as_json: bool) -> None:
     """What a model file holds, and what is known of which layers run sparse."""
     from dataclasses import asdict
@@ -417,7 +440,8 @@ def inspected(found: Inspected, *, as_json: bool) -> None:
     if found.runtime:
         out(f"{found.file}: an engine of {found.runtime}")
         for key, value in sorted((found.record or {}).items()):
-            out(f"  {key}: {value}")
+            if value not in ("", [], {}):
+                out(f"  {key.replace('_', ' ')}: {_words(value)}")
     if found.chain is not None:
         _print(layer_table(found.chain))
     elif found.profile is not None:

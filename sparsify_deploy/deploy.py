@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from pydantic import BaseModel, ValidationError
 from sparsify_deploy import menu
 from sparsify_deploy.artifacts import environment
 from sparsify_deploy.artifacts.fingerprint import file_digest
-from sparsify_deploy.compare import Compared, compare
-from sparsify_deploy.errors import CorruptArtifact, DataError, RuntimeUnavailable, UsageError
+from sparsify_deploy.compare import Compared, compare, existing
+from sparsify_deploy.errors import CorruptArtifact, RuntimeUnavailable, UsageError
 from sparsify_deploy.layer_verdict import Known, chain, file_part
 from sparsify_deploy.reports import LayerChain, LayerReport
 from sparsify_deploy.runtimes import _tensors
@@ -29,6 +30,9 @@ from sparsify_deploy.types import BuildNotes, EngineProfile, IOTensor, Json, Pro
 if TYPE_CHECKING:
     from sparsify_deploy.types import Arrays
 
+_LARGEST_AXIS = 2**31 - 1
+"""Runtimes count the values along an axis in 32 bits."""
+
 
 @dataclass(frozen=True)
 class Built:
@@ -39,7 +43,15 @@ class Built:
     triton: Path | None = None
 
 
-def build(model: Path, runtime: str, output: Path | None, sets: Sequence[str], triton: Path | None = None) -> Built:
+def build(
+    model: Path,
+    runtime: str,
+    output: Path | None,
+    sets: Sequence[str],
+    triton: Path | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Built:
     """Judge the ONNX file, then build it for `runtime`, which leaves its metadata beside the engine.
 
     `triton` is a Triton model repository to put the engine in as well.
@@ -58,7 +70,7 @@ def build(model: Path, runtime: str, output: Path | None, sets: Sequence[str], t
         raise UsageError(f"-o {engine}: the folder {engine.parent} does not exist")
     if (reason := chosen.unavailable_reason()) is not None:
         raise RuntimeUnavailable(reason)
-    notes = chosen.build(model, engine, params)
+    notes = chosen.build(model, engine, params, progress=progress)
     return Built(engine, notes, _served(engine, model, runtime, triton) if triton is not None else None)
 
 
@@ -82,6 +94,10 @@ def parse_batches(text: str) -> tuple[int, ...]:
         raise UsageError(f"--batch {text}: expected whole numbers separated by commas, as in 1,32") from None
     if min(sizes) < 1:
         raise UsageError(f"--batch {text}: a batch has at least one example")
+    if max(sizes) > _LARGEST_AXIS:
+        raise UsageError(f"--batch {text}: {max(sizes)} examples are more than any runtime takes ({_LARGEST_AXIS})")
+    if len(set(sizes)) < len(sizes):
+        raise UsageError(f"--batch {text}: each size once")
     return sizes
 
 
@@ -94,13 +110,15 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
         if not name or name in shapes or not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
             raise UsageError(f"--shape {text}: expected NAME=1x3x224x224, each input once")
         shapes[name] = tuple(int(part) for part in parts)
+        if math.prod(shapes[name]) > _LARGEST_AXIS:
+            raise UsageError(f"--shape {text}: more than {_LARGEST_AXIS} values, which no runtime takes")
     return shapes
 
 
 def only_with_compare(**options: object) -> None:
     """Refuse options that say how to compare where nothing is compared."""
     for name, value in options.items():
-        if value:
+        if value is not None and value != []:
             raise UsageError(f"--{name}: goes with --compare FILE")
 
 
@@ -169,6 +187,8 @@ def bench(
     fixed = {shape[0] for shape in (shapes or {}).values()}
     if fixed and fixed != set(batch_sizes):
         raise UsageError(f"--shape names batch {', '.join(map(str, sorted(fixed)))}: pass the same one with --batch")
+    if sets and not any(path.suffix == ".onnx" for path in models):
+        raise UsageError(f"--set {sets[0]}: goes with ONNX files; an engine keeps the parameters it was built with")
     short = {path.name for path in models}
     labels = [path.name if len(short) == len(models) else str(path) for path in models]
     before = surroundings()
@@ -237,8 +257,9 @@ def inspect(
     from sparsify_deploy.runtimes._metadata import check, runtime_of
 
     n, m = _pattern(pattern)
-    if not model.is_file():
-        raise DataError(f"{model}: no such file")
+    existing(model)
+    if onnx is not None:
+        existing(onnx, "--onnx ")
     if model.suffix == ".onnx":
         if onnx is not None or profile:
             option = "--onnx" if onnx is not None else "--profile"
@@ -326,8 +347,7 @@ def _openable(path: Path, label: str, runtime: str, *, trust: bool, scratch: Pat
     from sparsify_deploy.graph import file
     from sparsify_deploy.runtimes._metadata import check, runtime_of
 
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+    existing(path)
     is_onnx = path.suffix == ".onnx"
     metadata = None
     if is_onnx:

@@ -6,12 +6,12 @@ the runtime's profiler tells times. Where one of them cannot tell, the answer is
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sparsify_deploy.graph import eligibility
+from sparsify_deploy.graph.engine_names import hides_nodes, nodes_in
 from sparsify_deploy.reports import LayerChain, LayerReport, LayerVerdict
 from sparsify_deploy.types import EngineProfile, Facts, LayerTime
 from sparsify_deploy.verdict import SPARSE_KERNELS
@@ -26,10 +26,6 @@ NAMES: Mapping[str, str] = {
     "tensorrt_rtx": "TensorRT-RTX",
 }
 """How texts call a runtime."""
-
-_COPY = re.compile(r"_clone_\d+$")
-_OPAQUE = ("ForeignNode", "__myl", "__mye")
-"""In names of engine layers that hide which ONNX nodes they hold: TensorRT's compiled subgraphs."""
 
 
 def file_part(layers: Sequence[WeightLayer], n: int = 2, m: int = 4) -> tuple[LayerReport, ...]:
@@ -68,24 +64,6 @@ def _file_row(layer: WeightLayer, n: int, m: int) -> LayerReport:
         float_reader=layer.float_reader,
         output=layer.output,
     )
-
-
-def nodes_in(engine_layer: str) -> frozenset[str]:
-    """The ONNX nodes that the name of an engine's layer lists: `a + b`, `a || b`, `PWN(a, b)`, `a_clone_0`.
-
-    Copies between formats belong to no node, and compiled subgraphs (`{ForeignNode[a...b]}`) do not list theirs.
-    """
-    if engine_layer.startswith("Reformatting CopyNode") or any(word in engine_layer for word in _OPAQUE):
-        return frozenset()
-    found = []
-    for part in re.split(r" \+ | \|\| |, ", engine_layer):
-        plain = part.strip()
-        while plain.startswith("PWN("):
-            plain = plain.removeprefix("PWN(")
-        if plain.count(")") > plain.count("("):
-            plain = plain.rstrip(")")
-        found.append(_COPY.sub("", plain))
-    return frozenset(found)
 
 
 def times_of(layer: str, profile: EngineProfile | None, output: str = "") -> tuple[LayerTime, ...]:
@@ -181,11 +159,11 @@ def _builder(layer: str, known: Known, own: Sequence[LayerTime]) -> tuple[bool |
     """Eligible and picked, by the builder's lists and the name of the tactic that ran."""
     if not known.runtime or "sparse_verdict" in known.facts:
         return None, None
-    if not SPARSE_KERNELS.get(known.runtime, True):
+    if SPARSE_KERNELS.get(known.runtime, True) is False:
         return None, False
     eligible = _listed(layer, known.facts.get("sparse_eligible"))
     picked = _listed(layer, known.facts.get("sparse_picked"))
-    kernels = [time.kernel for time in own if time.kernel]
+    kernels = [time.kernel for time in own if time.kernel and not hides_nodes(time.kernel)]
     if any("sparse" in kernel.lower() for kernel in kernels):
         picked = True
     elif picked is None and kernels:
@@ -199,7 +177,7 @@ def _listed(layer: str, names: Sequence[str] | None) -> bool | None:
         return None
     if any(layer in nodes_in(name) for name in names):
         return True
-    return None if any(word in name for name in names for word in _OPAQUE) else False
+    return None if any(hides_nodes(name) for name in names) else False
 
 
 def _unobstructed(  # noqa: PLR0911 - one return a case
@@ -212,15 +190,15 @@ def _unobstructed(  # noqa: PLR0911 - one return a case
         return f"{clear}; what a builder picks is not known from the file", ""
     if "sparse_verdict" in known.facts:
         return f"{clear}; {name} does not tell which kernels are sparse", ""
-    if not SPARSE_KERNELS.get(known.runtime, True):
+    if SPARSE_KERNELS.get(known.runtime, True) is False:
         return f"{clear}; {name} has no sparse kernels: zeros make nothing faster here", ""
     if eligible and picked is False:
         bound = ""
         if known.batch_size is not None and known.batch_size <= 8 and all(axis == 1 for axis in layer.shape[2:]):
             what = "1x1" if len(layer.shape) > 2 else "a matrix product"
-            bound = f" ({what} at batch {known.batch_size} is bound by bytes)"
+            bound = f" ({what} at batch {known.batch_size} is likely bound by bytes)"
         advice = "a larger batch or more channels may turn it; else dense weights cost nothing here"
-        return f"eligible, not picked: the builder timed the dense kernel as faster{bound}", advice
+        return f"eligible, not picked: the builder found no sparse kernel faster than the dense one{bound}", advice
     if eligible is False:
         return (
             f"not eligible by the builder's word, though {clear}",
@@ -265,6 +243,9 @@ def _float_output(layer: LayerReport) -> tuple[str, str]:
         return "output is not quantised: it is the output of the network", "leave it: nothing reads it in INT8"
     if operator == "Add":
         what = f"residual {layer.float_reader} reads FP16 or FP32"
-        return f"output is not quantised: {what}", "Q/DQ on both branches of the sum: quantize.residual"
+        return (
+            f"output is not quantised: {what}",
+            "Q/DQ on the branches of the sum: quantize.residual, or quantize.stream where a LayerNorm reads it",
+        )
     what = f"{layer.float_reader} reads FP16 or FP32" if layer.float_reader else "it is read in FP16 or FP32"
     return f"output is not quantised: {what}", "put Q/DQ behind it"

@@ -362,7 +362,9 @@ def load(kind: type[T], path: Path) -> T:
     try:
         found: T = _adapter(kind).validate_json(path.read_bytes())  # type: ignore[arg-type]
     except ValidationError as error:
-        raise CorruptArtifact(f"{path}: not a {kind.__name__}: {error.error_count()} fields differ") from error
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first["loc"] else first["msg"]
+        raise CorruptArtifact(f"{path}: cannot be read ({what}): `run` writes it again") from error
     return found
 
 

@@ -65,6 +65,8 @@ def find(outcomes: Sequence[Outcome], label: str | None) -> Winner | None:
 def publish(folder: Path, report: RunReport, outcomes: Sequence[Outcome], digests: DigestCache) -> None:
     """Make `deploy/` of the run directory hold what the report ships, or nothing; what is the same stays."""
     target = folder / "deploy"
+    for left in ("deploy.partial", "deploy.discarded"):  # by a run that was killed here
+        shutil.rmtree(folder / left, ignore_errors=True)
     if report.shipped is None:
         if target.exists():
             _delete(target)
@@ -77,7 +79,6 @@ def publish(folder: Path, report: RunReport, outcomes: Sequence[Outcome], digest
     if _is_there(target, hashes, text, digests):
         return
     partial = target.with_name("deploy.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     for name, path in sources.items():
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, partial / name)
@@ -116,12 +117,17 @@ def _note(report: RunReport, shipped: Shipped, hashes: Mapping[str, str]) -> Jso
 def serve(folder: Path, plan: Plan, report: RunReport, outcomes: Sequence[Outcome], digests: DigestCache) -> None:
     """Make the Triton model repository `folder` hold the engines that the recipe wants served, and nothing else."""
     wanted = [target.runtime for target in plan.recipe.deploy if target.triton]
-    names = {triton.model_name(plan.recipe.name or "model", runtime): runtime for runtime in wanted}
-    for left in [entry for entry in folder.iterdir() if entry.name not in names] if folder.is_dir() else []:
+    found = {
+        triton.model_name(plan.recipe.name or "model", runtime): served
+        for runtime in wanted
+        if (served := _to_serve(runtime, report, outcomes)) is not None
+    }
+    for left in [entry for entry in folder.iterdir() if entry.name not in found] if folder.is_dir() else []:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    for name, runtime in names.items():
-        if (chosen := _to_serve(runtime, report, outcomes)) is not None:
-            _serve_one(folder / name, chosen, plan, digests)
+    if not found and folder.is_dir():
+        folder.rmdir()
+    for name, chosen in found.items():
+        _serve_one(folder / name, chosen, plan, digests)
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,7 @@ def _to_serve(runtime: str, report: RunReport, outcomes: Sequence[Outcome]) -> _
     final = next((o for o in built if o.step.branch == "sparse"), built[-1])
     ref = final.step.inputs["onnx"]
     what = f"ships {shipped.model} for {shipped.runtime}" if shipped is not None else "recommends no model"
-    why = f"The final model of the {final.step.branch} branch, for the verdict {what}."
+    why = f"The final model of the {final.step.branch} branch; the verdict {what}."
     onnx = by_id[ref.step].record.outputs[ref.output]
     return _Served(engine_file(final.record.outputs["engine"], runtime), onnx, why)
 
@@ -182,6 +188,5 @@ def _is_there(target: Path, hashes: Mapping[str, str], text: str, digests: Diges
 def _delete(folder: Path) -> None:
     """Take a folder away under another name first, so that a crash leaves no part of it under its own."""
     doomed = folder.with_name(f"{folder.name}.discarded")
-    shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
     shutil.rmtree(doomed)

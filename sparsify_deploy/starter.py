@@ -35,6 +35,7 @@ class Start:
     recipe: Path
     layers: tuple[LayerForecast, ...]
     examples: int
+    runs_code: bool
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def start(model: str, data: str, output: Path, *, checkpoint: Path | None, trust
     text that names no source, for a file that exists unless `force`, and where Python files would run without
     `trust_code`; what is wrong with network or data as `run` would.
     """
+    if output.is_dir():
+        raise UsageError(f"-o {output}: is a folder; name the recipe in it, such as {output / 'recipe.yaml'}")
     if output.exists() and not force:
         raise UsageError(f"-o {output}: exists already; name another file, or add --force")
     if not output.absolute().parent.is_dir():
@@ -71,7 +74,8 @@ def start(model: str, data: str, output: Path, *, checkpoint: Path | None, trust
     partial = output.with_name(output.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, output)
-    return Start(output, layers, size)
+    entries = menu.entry("models", network.source), menu.entry("datasets", examples.source)
+    return Start(output, layers, size, any(entry.RUNS_USER_CODE for entry in entries))
 
 
 def _parsed(option: str, kind: str, text: str, output: Path) -> _Source:

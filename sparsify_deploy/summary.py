@@ -85,7 +85,11 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], until: str | None) -> Run
         gates=(*gates(evidence, limits.model_dump(exclude={"metric"})), *_predicted_gate(plan, by_id))
         if until is None
         else (),
-        notes=(*(note for outcome in outcomes for note in _notes(outcome)), *_race_notes(benchmarks, engines)),
+        notes=(
+            *dict.fromkeys(note for o in outcomes for note in o.record.measured.get("data_notes", ())),
+            *(note for outcome in outcomes for note in _notes(outcome)),
+            *_race_notes(benchmarks, engines),
+        ),
         verdict=verdict(evidence, limits.max_drop),
         steps=tuple(
             StepRow(o.step.id, "ran" if o.ran else "cached", o.record.seconds, o.record.fingerprint, o.why)
@@ -102,7 +106,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], until: str | None) -> Run
         levels=tuple(level for outcome in outcomes for level in _levels(outcome)),
         chains=chains,
         shipped=winner.shipped(*value_of(evidence, winner.label)) if winner is not None else None,
-        predictions=_predictions(plan, by_id, benchmarks, evidence),
+        predictions=_predictions(plan, by_id, benchmarks, evidence, chains),
         curves=tuple(curve for outcome in outcomes for curve in _curves(outcome)),
     )
 
@@ -113,14 +117,19 @@ def _curves(outcome: Outcome) -> list[Curve]:
 
 
 def _predictions(
-    plan: Plan, by_id: Mapping[str, Outcome], benchmarks: Sequence[BenchmarkReport], evidence: Evidence
+    plan: Plan,
+    by_id: Mapping[str, Outcome],
+    benchmarks: Sequence[BenchmarkReport],
+    evidence: Evidence,
+    chains: Sequence[LayerChain],
 ) -> tuple[Prediction, ...]:
     """What the sparse branch's own file was predicted to gain, beside the race against its dense twin."""
     layers = _file_layers(by_id)
     if layers is None or evidence.sparse is None:
         return ()
     twin = evidence.dense.label if evidence.dense is not None else SAME_GRAPH
-    return predictions.rows(plan.recipe, layers, benchmarks, fact("gpu"), (evidence.sparse.label, twin))
+    nodes = {layer.weight: layer.layer for layer in chains[0].layers} if chains else {}
+    return predictions.rows(plan.recipe, layers, benchmarks, fact("gpu"), (evidence.sparse.label, twin), nodes=nodes)
 
 
 def _file_layers(by_id: Mapping[str, Outcome]) -> tuple[Layer, ...] | None:
@@ -259,10 +268,12 @@ def _notes(outcome: Outcome) -> list[str]:
     if permutation := facts.get("permutation"):
         notes += _permutation_notes(name, facts["pattern"], permutation)
     if between := facts.get("between_flavours"):
+        ranged, batches = len(facts["outputs_with_measured_range"]), facts["calibration_batches"]
+        what = f"{ranged} more outputs, without a trained scale, are quantised by their range over {batches} "
+        how = f"{what}calibration batches; " if ranged else ""
         notes.append(
-            f"{name}: {len(facts['outputs_with_measured_range'])} outputs without a trained scale are quantised by "
-            f"their range over {facts['calibration_batches']} calibration batches; this file and the one for TensorRT "
-            f"differ by {between['max_relative']:.1e} of the largest output"
+            f"{name}: {how}the same trained scales as in the file for TensorRT, answers within "
+            f"{between['max_relative']:.1e} of its largest output"
         )
     notes += [f"{name}: {layer} runs in float: {why}" for layer, why in facts.get("float_layers", {}).items()]
     own = (facts.get("history") or {}).get("notes", ())
@@ -336,21 +347,17 @@ def publish(
 ) -> None:
     """Write the reports, copy ONNX files, engines and the recipe; what is there with the same bytes stays.
 
+    ONNX files and engines that the report does not know go: they are those of another recipe, and in the store.
+
     `plan` is the one whose Triton model repositories are written as well.
     """
     from sparsify_deploy.page import fingerprint, is_current, page
     from sparsify_deploy.tables import markdown
 
     folder.mkdir(parents=True, exist_ok=True)
-    for outcome in outcomes:
-        if isinstance(outcome.step.stage, ExportOnnx):
-            _copy_onnx(outcome, folder / "onnx" / outcome.step.branch / "model.onnx", digests)
-        if isinstance(outcome.step.stage, ExportFlavour):
-            _copy_onnx(outcome, folder / "onnx" / outcome.step.branch / "model.onnxruntime.onnx", digests)
-        if isinstance(outcome.step.stage, BuildEngine):
-            target = (folder / _published(outcome)).parent
-            if not target.is_dir() or digests.digest(target) != outcome.record.digests["engine"]:
-                _replace_folder(outcome.record.outputs["engine"], target)
+    kept = [_copy(folder, outcome, digests) for outcome in outcomes]
+    for stale in {*folder.glob("onnx/*/*"), *folder.glob("engines/*/*")} - {*kept}:
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     shipping.publish(folder, report, outcomes, digests)
     _replace_file(folder / "report.json", dump(report))
     _replace_file(folder / "report.md", markdown(report))
@@ -363,12 +370,28 @@ def publish(
     _replace_file(folder / "recipe.yaml", text)
 
 
-def _copy_onnx(outcome: Outcome, target: Path, digests: DigestCache) -> None:
+def _copy(folder: Path, outcome: Outcome, digests: DigestCache) -> Path | None:
+    """Put what a step made for the user into the run directory; returns where, None for a step that made nothing."""
+    stage, onnx = outcome.step.stage, folder / "onnx" / outcome.step.branch
+    if isinstance(stage, ExportOnnx):
+        return _copy_onnx(outcome, onnx / "model.onnx", digests)
+    if isinstance(stage, ExportFlavour):
+        return _copy_onnx(outcome, onnx / "model.onnxruntime.onnx", digests)
+    if isinstance(stage, BuildEngine):
+        target = (folder / _published(outcome)).parent
+        if not target.is_dir() or digests.digest(target) != outcome.record.digests["engine"]:
+            _replace_folder(outcome.record.outputs["engine"], target)
+        return target
+    return None
+
+
+def _copy_onnx(outcome: Outcome, target: Path, digests: DigestCache) -> Path:
     if not target.is_file() or digests.digest(target) != outcome.record.digests["onnx"]:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".partial")
         shutil.copyfile(outcome.record.outputs["onnx"], partial)
         os.replace(partial, target)
+    return target
 
 
 def _replace_file(path: Path, text: str) -> None:

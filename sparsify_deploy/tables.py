@@ -232,7 +232,7 @@ def race_table(runtime: str, race: Race) -> Table:
     how = (
         f"Interleaved rounds, latencies in wall time, ratios in {race.clock}; the noise floor is an A/A control of "
         f"{first}: {race.control.median:.3f}x [{race.control.low:.3f}, {race.control.high:.3f}]; "
-        f"nothing within {race.noise:.1%} of 1 is claimed."
+        + (f"nothing within {race.noise:.1%} of 1 is claimed." if race.noise < 1 else "too loud to claim anything.")
     )
     return Table(
         f"{runtime}, batch {race.batch_size}, {race.threads} thread{'s' if race.threads > 1 else ''}",

@@ -195,7 +195,9 @@ class Runtime(Protocol):
         """None where it can execute engines here, else one line."""
         ...
 
-    def build(self, onnx: Path, engine: Path, params: Any, /) -> BuildNotes: ...
+    def build(self, onnx: Path, engine: Path, params: Any, /, *, progress: Progress | None = None) -> BuildNotes:
+        """Build an engine file and the record beside it; `progress` hears what the builder tells while it works."""
+        ...
 
     def open(
         self,

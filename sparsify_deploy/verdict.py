@@ -9,8 +9,8 @@ from typing import Literal
 from sparsify_deploy.reports import SAME_GRAPH, BenchmarkReport, EngineRow, Gate, LayerChain, Row
 from sparsify_deploy.timing import Comparison, Race
 
-SPARSE_KERNELS = {"openvino": False, "onnxruntime": False, "tensorrt": True, "tensorrt_rtx": False}
-"""Whether a runtime has kernels that skip 2:4 zeros and can be seen to pick them."""
+SPARSE_KERNELS = {"openvino": False, "onnxruntime": False, "tensorrt": True, "tensorrt_rtx": None}
+"""Whether a runtime has kernels that skip 2:4 zeros and can be seen to pick them; None: it does not tell."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,11 @@ def _sparse(evidence: Evidence) -> str:
         text = f"sparsity makes it slower on this runtime, against {other} ({times(found)})"
     else:
         against = f", against {other}" if unknown else ""
-        why = "" if SPARSE_KERNELS[runtime] else f", {runtime} has no sparse kernels"
+        why = {
+            True: "",
+            False: f", {runtime} has no sparse kernels",
+            None: f", {runtime} does not tell which kernels are sparse",
+        }[SPARSE_KERNELS[runtime]]
         text = f"sparsity adds no speed on this runtime ({times(found)}{against}{why})"
     if not held:
         return text + f"; 0 of {total} layers hold 2:4, so no hardware can use it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -67,7 +68,8 @@ def check_pillow(purpose: str) -> None:
 
 def short(exc: Exception) -> str:
     """An exception on one line."""
-    return " ".join(f"{type(exc).__name__}: {exc}".split())[:160]
+    text = re.sub(r" ?<_io\.BytesIO object at \w+>", "", f"{type(exc).__name__}: {exc}")
+    return " ".join(text.split())[:160]
 
 
 def threads() -> int:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _MOVES = ("Identity", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool")
 """Keep every value as it is."""
 
+_VALUE_BY_VALUE = (*_MOVES, "DequantizeLinear", "Relu", "Clip")
 _AVERAGES = ("GlobalAveragePool", "AveragePool")
 _JOINS = ("Add", "Concat")
 _STEPS = 255
@@ -98,51 +99,87 @@ def unsigned_(model: onnx.ModelProto) -> int:
 
     For OpenVINO, which shifts signed activations by 128 and then neither fuses a residual add nor pads a convolution
     for free. Not one value changes: a Relu or Clip in front stops at 127 steps from then on, where INT8 does, and
-    where no Q alone reads one, the activation stays in INT8.
+    where no Q alone reads one, the activation stays in INT8. Around a concatenation all Q become UINT8 with zero point
+    128, the same numbers: of signed ones OpenVINO 2026.4 computes something else.
     """
     rewriting = _Rewriting(model)
     graph = rewriting.graph
-    chosen = [node for node in graph.nodes if _non_negative(rewriting, node)]
-    for node in chosen:
+    around = [node for node in graph.nodes if _is_signed(graph, node) and _around_concat(graph, node)]
+    chosen = [node for node in graph.nodes if node not in around and _non_negative(rewriting, node)]
+    for node in (*around, *chosen):
         scale = graph.weight(node.input[1])
         assert scale is not None
         step = np.float32(scale.values.reshape(()))
-        _saturate_(model, rewriting, node.input[0], step)
-        constants = _constants_(model, node.output[0], _Grid(step, 0))
+        if node in chosen:
+            _saturate_(model, rewriting, node.input[0], step)
+        constants = _constants_(model, node.output[0], _Grid(step, 0 if node in chosen else 128))
         for each in (node, *graph.consumers.get(node.output[0], [])):
             del each.input[1:]
             each.input.extend(constants)
-    return len(chosen)
+    return len(around) + len(chosen)
 
 
 def _non_negative(rewriting: _Rewriting, node: onnx.NodeProto) -> bool:
-    """Whether this Q makes INT8 with zero point 0, for DQ alone, of an activation that cannot be negative."""
+    """Whether this Q makes INT8 of an activation that cannot be negative, and that stops at 127 steps."""
     graph = rewriting.graph
+    if not _is_signed(graph, node) or rewriting.bounds(node.input[0])[0] < 0:
+        return False
+    scale = graph.weight(node.input[1])
+    return scale is not None and _stops(graph, node.input[0], scale.values)
+
+
+def _is_signed(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether this Q makes INT8 with zero point 0 of an activation, for DQ alone."""
     if node.op_type != "QuantizeLinear" or graph.weight(node.input[0]) is not None:
         return False
     scale, zero = graph.weight(node.input[1]), graph.weight(node.input[2]) if node.input[2:] else None
     if scale is None or scale.values.size != 1 or zero is None or zero.values.any():
         return False
-    if graph.quantised_type(node) != "int8" or rewriting.bounds(node.input[0])[0] < 0:
-        return False
     readers = graph.consumers.get(node.output[0], [])
     only_read = node.output[0] not in graph.outputs and all(r.op_type == "DequantizeLinear" for r in readers)
-    return only_read and _stops(graph, node.input[0], scale.values)
+    return only_read and graph.quantised_type(node) == "int8"
+
+
+def _around_concat(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether this Q reads a concatenation, or one reads what it makes, through what computes value by value."""
+    before = graph.producer.get(node.input[0])
+    while before is not None and before.op_type in _VALUE_BY_VALUE:
+        before = graph.producer.get(before.input[0])
+    if before is not None and before.op_type == "Concat":
+        return True
+    waiting = list(node.output)
+    while waiting:
+        for reader in graph.consumers.get(waiting.pop(), []):
+            if reader.op_type == "Concat":
+                return True
+            if reader.op_type in _VALUE_BY_VALUE:
+                waiting.extend(reader.output)
+    return False
 
 
 def _stops(graph: Graph, name: str, scale: NDArray[Any]) -> bool:
     """Whether a tensor is at most 127 steps, or comes out of a Relu or Clip that may be made to stop there."""
-    node = graph.producer[name]
-    if node.op_type in ("Relu", "Clip"):
-        return len(graph.consumers[name]) == 1 and name not in graph.outputs
-    if node.op_type == "DequantizeLinear":
-        own = graph.weight(node.input[1])
-        return own is not None and bool(np.array_equal(own.values, scale))
-    return node.op_type in _MOVES and _stops(graph, node.input[0], scale)
+    tensors = _moved(graph, name)
+    source = graph.producer[tensors[-1]]
+    if source.op_type == "DequantizeLinear":
+        own = graph.weight(source.input[1])
+        same = own is not None and bool(np.array_equal(own.values, scale))
+        return same and graph.quantised_type(source) == "int8"
+    alone = all(len(graph.consumers[each]) == 1 and each not in graph.outputs for each in tensors)
+    return source.op_type in ("Relu", "Clip") and alone
+
+
+def _moved(graph: Graph, name: str) -> list[str]:
+    """A tensor and those before it that hold the same values, last to first."""
+    tensors = [name]
+    while (node := graph.producer.get(tensors[-1])) is not None and node.op_type in _MOVES:
+        tensors.append(node.input[0])
+    return tensors
 
 
 def _saturate_(model: onnx.ModelProto, rewriting: _Rewriting, name: str, step: np.float32) -> None:
     """Let the Relu or Clip that makes a tensor stop at 127 steps, or before."""
+    name = _moved(rewriting.graph, name)[-1]
     node = rewriting.graph.producer[name]
     if node.op_type not in ("Relu", "Clip"):
         return

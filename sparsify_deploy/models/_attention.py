@@ -142,6 +142,8 @@ class Encoder(nn.Module):
         is_causal: bool | None = None,
     ) -> Tensor:
         """`src` through every layer and the norm; `is_causal` says nothing that `mask` does not."""
+        if is_causal and mask is None:
+            raise ModelError("the encoder is told is_causal, which is a hint only: give it mask too")
         for layer in self.layers:
             src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask)
         return src if self.norm is None else self.norm(src)
@@ -221,8 +223,13 @@ def _obstacle(module: nn.Module, kind: type[nn.Module], shared: Counter[int]) ->
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks):
         return "it has hooks"
-    if not isinstance(module, nn.MultiheadAttention):
-        return None
+    if isinstance(module, nn.TransformerEncoderLayer):
+        attends = type(module.self_attn)
+        return None if attends in (Attention, nn.MultiheadAttention) else f"its self_attn is a {attends.__name__}"
+    if isinstance(module, nn.TransformerEncoder):
+        others = [type(layer).__name__ for layer in module.layers if not isinstance(layer, EncoderLayer)]
+        return f"one of its layers is a {others[0]}" if others else None
+    assert isinstance(module, nn.MultiheadAttention)
     if module.bias_k is not None or module.add_zero_attn:
         return "it attends to a learnt or zero key (add_bias_kv, add_zero_attn)"
     names = ("in_proj_weight",) if module._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")

@@ -92,7 +92,7 @@ class CudaSession:
 
     def bind(self, inputs: Arrays) -> None:
         """Copy `inputs` to the device; on a new shape also allocate, run once and capture the CUDA graph."""
-        arrays = _tensors.checked(inputs, self.inputs)
+        arrays = _tensors.checked(_tensors.narrowed(inputs, self.inputs), self.inputs)
         new = {name: array.shape for name, array in arrays.items()}
         if new != self._bound:
             self._allocate(arrays)

@@ -42,6 +42,26 @@ def checked(inputs: Arrays, expected: Sequence[IOTensor]) -> dict[str, NDArray[A
     return result
 
 
+def narrowed(inputs: Arrays, expected: Sequence[IOTensor]) -> dict[str, NDArray[Any]]:
+    """`inputs` with INT64 as INT32 where the engine takes that: TensorRT 8.6 makes INT32 of the file's INT64.
+
+    Raises DataError where a value does not fit.
+    """
+    import numpy as np
+
+    kinds = {tensor.name: tensor.dtype for tensor in expected}
+    result: dict[str, NDArray[Any]] = {}
+    for name, given in inputs.items():
+        array = np.asarray(given)
+        if array.dtype == np.int64 and kinds.get(name) == "int32":
+            small = array.astype(np.int32)
+            if not np.array_equal(small, array):
+                raise DataError(f"input {name!r} has values beyond INT32, which is what this engine takes")
+            array = small
+        result[name] = array
+    return result
+
+
 def fixed(
     inputs: Sequence[IOTensor], shapes: Mapping[str, tuple[int, ...]] | None
 ) -> tuple[tuple[IOTensor, ...], tuple[str, ...]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sparsify_deploy.errors import ModelError
+from sparsify_deploy.graph.engine_names import listed
 from sparsify_deploy.runtimes import _trt_timing_cache
 from sparsify_deploy.types import Json
 
@@ -113,7 +114,7 @@ def configure(trt: Any, config: Any, request: Json, strongly_typed: bool) -> lis
             lost.append("ampere_plus has no effect: this version has no such option")
     lost += _tactic_sources(trt, config, request)
     targets = request.get("targets", [])
-    if targets and hasattr(config, "set_compute_capability"):  # TensorRT builds for the GPU it runs on
+    if targets and request["package"] == "tensorrt_rtx":  # TensorRT builds for the GPU it runs on
         config.num_compute_capabilities = len(targets)
         for i, target in enumerate(targets):
             config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), i)
@@ -191,7 +192,10 @@ def _text(shape: Sequence[int]) -> str:
 
 @contextmanager
 def _told(trt: Any, config: Any, path: Path) -> Iterator[None]:
-    """While this is open the builder's outermost phases are appended to `path`, `[phase, steps done, steps]` a line."""
+    """While this is open the builder's outermost two levels of phases are appended to `path`.
+
+    A line is `[phase, steps done, steps]`.
+    """
     base = getattr(trt, "IProgressMonitor", None)
     if base is None or not hasattr(config, "progress_monitor"):
         yield
@@ -204,14 +208,17 @@ def _told(trt: Any, config: Any, path: Path) -> Iterator[None]:
 
 def _monitor(base: Any, told: TextIO) -> Any:
     steps: dict[str, int] = {}
+    outermost: set[str] = set()
 
     class Monitor(base):  # type: ignore[misc]
         def __init__(self) -> None:
             base.__init__(self)
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            if parent_phase is None or parent_phase in steps:
+            if parent_phase is None or parent_phase in outermost:
                 steps[phase_name] = num_steps
+                if parent_phase is None:
+                    outermost.add(phase_name)
                 told.write(json.dumps([phase_name, 0, num_steps]) + "\n")
 
         def step_complete(self, phase_name: str, step: int) -> bool:
@@ -239,17 +246,24 @@ def parser_error(error: Any) -> Json:
 
 
 def sparsity_said(messages: Sequence[str]) -> Mapping[str, list[str] | None]:
-    """Layers that were `sparse_eligible` and `sparse_picked` by the builder's own log; None where it says nothing."""
+    """Layers that were `sparse_eligible` and `sparse_picked` by the builder's own log; None where it names none.
+
+    8.6 lists them after a sentence, 10 counts them as well (`Found 3 layer(s) eligible to use sparse tactics: ...`):
+    a count above 0 without the names is None.
+    """
     patterns = {
-        "sparse_eligible": r"\(Sparsity\) Layers eligible for sparse math:(.*)",
-        "sparse_picked": r"\(Sparsity\) TRT inference plan picked sparse implementation for layers:(.*)",
+        "sparse_eligible": r"Layers eligible for sparse math:(.*)"
+        r"|Found (\d+) layer\(s\) eligible to use sparse tactics:?(.*)",
+        "sparse_picked": r"TRT inference plan picked sparse implementation for layers:(.*)"
+        r"|Chose (\d+) layer\(s\) using sparse tactics:?(.*)",
     }
     found: dict[str, list[str] | None] = dict.fromkeys(patterns)
     for message in messages:
         for key, pattern in patterns.items():
-            if match := re.search(pattern, message, re.DOTALL):
-                names = [name.strip() for name in match[1].split(",") if name.strip()]
-                found[key] = [*(found[key] or []), *names]
+            if match := re.search(rf"\(Sparsity\) (?:{pattern})", message, re.DOTALL):
+                names = [*listed(match[1] or match[3] or "")]
+                if names or int(match[2] or 0) == 0:
+                    found[key] = [*(found[key] or []), *names]
     return found
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsify_deploy.graph.engine_names import nodes_in
 from sparsify_deploy.types import EngineProfile, Json, LayerTime
 
 RUNS = 30
-_ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _PRECISIONS = (
     ("int8", "INT8"),
     ("fp8", "FP8"),
@@ -29,24 +28,6 @@ _PRECISIONS = (
 def is_sparse_tactic(kernel: str) -> bool:
     """Whether a tactic's name is that of a 2:4 kernel, as in `sm80_xmma_fprop_sparse_conv_...`."""
     return "sparse" in kernel.lower()
-
-
-def nodes_of(name: str, metadata: str = "") -> tuple[str, ...]:
-    """The ONNX nodes in a layer: by its metadata (`[ONNX Layer: a]...`) where it has one, else by its name.
-
-    A name lists nodes as `a + b` (fused) or `a || b` (side by side), wraps pointwise ones as `PWN(a, b)`, and gives
-    only the ends of a compiled part, as `{ForeignNode[a...b]}`. Copies between formats hold no node.
-    """
-    if found := _ONNX_LAYER.findall(metadata):
-        return tuple(dict.fromkeys(found))
-    if name.startswith(("Reformatting CopyNode", "__myl_")) or "(Unnamed Layer" in name:
-        return ()
-    if match := re.search(r"\{ForeignNode\[(.*)\.\.\.(.*)\]\}", name):
-        return tuple(dict.fromkeys((match[1], match[2])))
-    flat = re.sub(r"PWN\(|\)(?=[\s,)]|$)", " ", name)
-    parts = (part.strip() for part in re.split(r"\s\+\s|\s\|\|\s|,\s", flat))
-    parts = (re.sub(r"_clone_\d+$", "", part.removeprefix("[").partition("] ")[2] or part) for part in parts)
-    return tuple(dict.fromkeys(part for part in parts if part))
 
 
 def described(information: str) -> dict[str, Mapping[str, Json]]:
@@ -87,7 +68,7 @@ def profile(session: Any, runs: int = RUNS) -> EngineProfile:
         rows.append(
             LayerTime(
                 name=name,
-                nodes=nodes_of(name, str(said.get("Metadata", ""))),
+                nodes=nodes_in(name, str(said.get("Metadata", ""))),
                 kernel=str(said.get("TacticName", "")),
                 ms=ms / runs,
                 precision=precision_of(said),

@@ -22,7 +22,7 @@ from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import DataError, ModelError, RuntimeUnavailable
 from sparsify_deploy.params import Params as Base
 from sparsify_deploy.runtimes import _metadata, _packages, _profiles, _tensors
-from sparsify_deploy.types import BuildNotes, EngineProfile, IOTensor, LayerTime
+from sparsify_deploy.types import BuildNotes, EngineProfile, IOTensor, LayerTime, Progress
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -60,7 +60,7 @@ def cannot_run_reason() -> str | None:
     return unavailable_reason()
 
 
-def build(onnx: Path, engine: Path, params: Params, /) -> BuildNotes:
+def build(onnx: Path, engine: Path, params: Params, /, *, progress: Progress | None = None) -> BuildNotes:
     """Copy an ONNX file that a session can be created from. Raises ModelError with ONNX Runtime's reason.
 
     Weights that lie in other files are taken into the copy: the engine is one file.

@@ -21,7 +21,7 @@ from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import DataError, ModelError, RuntimeUnavailable
 from sparsify_deploy.params import Params as Base
 from sparsify_deploy.runtimes import _metadata, _packages, _profiles, _tensors
-from sparsify_deploy.types import BuildNotes, EngineProfile, IOTensor, LayerTime
+from sparsify_deploy.types import BuildNotes, EngineProfile, IOTensor, LayerTime, Progress
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from sparsify_deploy.types import Arrays
 
-VERSION = 2
+VERSION = 3
 SUFFIX = ".xml"
 FLAVOUR = "tensorrt"
 _PARTS = ("/DequantizationMultiply", "/DequantizationSubtract", "/WithoutBiases")
@@ -66,7 +66,7 @@ def cannot_run_reason() -> str | None:
     return unavailable_reason()
 
 
-def build(onnx: Path, engine: Path, params: Params, /) -> BuildNotes:
+def build(onnx: Path, engine: Path, params: Params, /, *, progress: Progress | None = None) -> BuildNotes:
     """Convert an ONNX file to an IR. Raises ModelError naming what OpenVINO cannot convert."""
     from sparsify_deploy.graph.file import load
     from sparsify_deploy.graph.flavour import unsigned_

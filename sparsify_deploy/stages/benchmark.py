@@ -107,7 +107,7 @@ class BenchmarkEngines:
         engines: dict[str, _Raced] = {}
         left_out: dict[str, str] = {}
         for variant in self.variants:
-            made = self._made(variant, inputs[variant.source], out)
+            made = self._made(variant, inputs[variant.source], out, context)
             if isinstance(made, str):
                 left_out[variant.label] = made
                 context.progress.say(f"benchmark {self.runtime}: {variant.label} left out: {made}")
@@ -133,7 +133,7 @@ class BenchmarkEngines:
     def _sizes(self) -> tuple[int, ...]:
         return self.benchmark.batch_sizes
 
-    def _made(self, variant: Variant, source: Path, out: Path) -> _Raced | str:
+    def _made(self, variant: Variant, source: Path, out: Path, context: Context) -> _Raced | str:
         """The engine of a variant, built where it is none yet; a line where this machine cannot run it."""
         from sparsify_deploy.graph import file
         from sparsify_deploy.graph.dense_weights import fill_zeros_
@@ -152,7 +152,7 @@ class BenchmarkEngines:
             source = folder / "dense_weights.onnx"
             file.save(model, source)
         engine = engine_file(folder, self.runtime)
-        notes: BuildNotes = runtime.build(source, engine, params)
+        notes: BuildNotes = runtime.build(source, engine, params, progress=context.progress)
         if not notes.runs_here:
             shutil.rmtree(folder)
             return notes.warnings[0] if notes.warnings else notes.label or "it does not run here"

@@ -78,7 +78,7 @@ class BuildEngine:
         folder = out / self.outputs["engine"]
         folder.mkdir(exist_ok=True)
         engine = engine_file(folder, self.runtime)
-        notes = runtime.build(inputs["onnx"], engine, self.params)
+        notes = runtime.build(inputs["onnx"], engine, self.params, progress=context.progress)
         for warning in notes.warnings:
             context.progress.say(f"{self.runtime}: {warning}")
         facts: dict[str, Json] = {

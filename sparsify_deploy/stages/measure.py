@@ -87,7 +87,13 @@ class Measure:
         )
         (out / self.outputs["report"]).write_text(dump(report), encoding="utf-8")
         context.progress.say(_line(report))
-        return {"metrics": metrics, "sparsity": report.sparsity, "usable_sparsity": report.usable_sparsity}
+        return {
+            "metrics": metrics,
+            "sparsity": report.sparsity,
+            "usable_sparsity": report.usable_sparsity,
+            # a data set may say what it left out; the protocol does not ask it to
+            "data_notes": list(getattr(self.subject.examples, "notes", ())),
+        }
 
     def _latencies(self, onnx: Path, out: Path, context: Context) -> list[Latency]:
         """Latency at each batch size in the recipe's first runtime; none where that cannot run here."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from sparsify_deploy.errors import CheckFailed, ModelError
 from sparsify_deploy.prediction import advice
 from sparsify_deploy.prediction.gpus import Gpu, chosen, of_device
+from sparsify_deploy.prediction.measured import weigh
 from sparsify_deploy.prediction.roofline import LABEL, GpuForecast, Layer, forecast
 from sparsify_deploy.recipe import Recipe
 from sparsify_deploy.reports import BenchmarkReport, Gate, Prediction, from_json
@@ -88,13 +89,13 @@ def warnings(recipe: Recipe, layers: Sequence[Layer], found: Sequence[GpuForecas
 
 
 def unskipped(recipe: Recipe) -> tuple[str, ...]:
-    """A line for each runtime of the recipe that has no kernels for 2:4."""
-    return tuple(
-        f"{target.runtime}: 2:4 gains exactly 1.00x over dense INT8: it has no kernels that skip zeros (stated, not "
-        "measured)"
-        for target in recipe.deploy
-        if not SPARSE_KERNELS.get(target.runtime, True)
-    )
+    """A line for each runtime of the recipe that has no kernels for 2:4, or does not tell."""
+    lines = {
+        False: "2:4 gains exactly 1.00x over dense INT8: it has no kernels that skip zeros (stated, not measured)",
+        None: "does not tell which kernels skip zeros, so nothing is predicted for it",
+    }
+    found = [(target.runtime, SPARSE_KERNELS.get(target.runtime, True)) for target in recipe.deploy]
+    return tuple(f"{runtime}: {lines[sparse]}" for runtime, sparse in found if sparse in lines)
 
 
 def gate(recipe: Recipe, layers: Sequence[Layer]) -> Gate | None:
@@ -132,8 +133,14 @@ def rows(
     benchmarks: Sequence[BenchmarkReport],
     device: str,
     labels: tuple[str, str],
+    *,
+    nodes: Mapping[str, str] | None = None,
 ) -> tuple[Prediction, ...]:
-    """Predicted beside measured; `labels` are those of the sparse model and its twin, `device` this GPU's name."""
+    """Predicted beside measured; `labels` are those of the sparse model and its twin, `device` this GPU's name.
+
+    `nodes` names the ONNX node of each weight: with it the first runtime's profile of the twin, if it has sparse
+    kernels, makes a row of its own.
+    """
     here = of_device(device)
     settings = recipe.prediction
     predicted = [
@@ -164,10 +171,45 @@ def rows(
             measured=_measured([benchmark], race.batch_size, labels),
         )
         for benchmark in benchmarks
-        if not SPARSE_KERNELS.get(benchmark.runtime, True)
+        if SPARSE_KERNELS.get(benchmark.runtime, True) is False
         for race in benchmark.races
     ]
-    return (*predicted, *stated)
+    return (
+        *predicted,
+        *(_weighed(layers, benchmarks[0], device, labels, nodes) if nodes and benchmarks else ()),
+        *stated,
+    )
+
+
+def _weighed(
+    layers: Sequence[Layer],
+    benchmark: BenchmarkReport,
+    device: str,
+    labels: tuple[str, str],
+    nodes: Mapping[str, str],
+) -> list[Prediction]:
+    """The prediction from the measured times of the dense twin's layers, at the batch size it was profiled at."""
+    profile = benchmark.profiles.get(labels[1])
+    sparse = [layer for layer in layers if layer.sparse]
+    if profile is None or not benchmark.races or not SPARSE_KERNELS.get(benchmark.runtime):
+        return []
+    result = weigh(profile, [nodes.get(layer.work.parameter, layer.work.name) for layer in sparse])
+    if result is None:
+        return []
+    size = benchmark.races[0].batch_size
+    return [
+        Prediction(
+            target=device,
+            batch_size=size,
+            eligible=len(sparse),
+            weighted=sum(bool(layer.work.shape) for layer in layers),
+            share=result.share,
+            realistic=result.realistic,
+            ideal=result.ideal,
+            how=f"from the measured dense engine on {device}: its layers' shares, of {profile.runs} profiled runs",
+            measured=_measured([benchmark], size, labels),
+        )
+    ]
 
 
 def _measured(

@@ -135,10 +135,10 @@ def test_the_light_verbs_work(core: Installed, arguments: list[str]) -> None:
 def test_inspect_works(core: Installed) -> None:
     done = core.cli("inspect", str(core.model), "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    [layer] = json.loads(done.stdout)["layers"]
-    assert (layer["op"], layer["shape"], layer["sparsity"]) == ("Conv", [8, 16, 3, 3], 0.5)
+    [layer] = json.loads(done.stdout)["chain"]["layers"]
+    assert (layer["op"], layer["shape"], layer["zeros"] / layer["weights"]) == ("Conv", [8, 16, 3, 3], 0.5)
     assert layer["pattern_held"]
-    assert layer["rule_of_thumb"]
+    assert layer["shape_rule"]
 
 
 def test_doctor_works_and_says_what_to_install(core: Installed) -> None:

@@ -51,6 +51,11 @@ def test_a_run_serves_its_engine_and_shows_its_page(cli: Callable[..., Result], 
     (folder / "1" / "model.bin").write_bytes(b"tampered")
     assert cli("run", "tiny.yaml", "-q").returncode == 0
     assert (folder / "1" / "model.bin").read_bytes() == (run / "deploy" / "model.bin").read_bytes()
+    assert cli("run", "tiny.yaml", "-q", "--until", "dense/train").returncode == 0
+    left = [name for name in ("triton", "deploy", "engines") if [*run.glob(f"{name}/**/*.*")]]
+    assert not left, "engines of which the report knows nothing"
+    assert cli("run", "tiny.yaml", "-q").returncode == 0
+    assert (folder / "1" / "model.bin").is_file()
     source.write_text(text, encoding="utf-8")
     assert cli("run", "tiny.yaml", "-q").returncode == 0
-    assert not list((run / "triton").iterdir())
+    assert not (run / "triton").exists()

@@ -21,6 +21,7 @@ from sparsify_deploy.graph.constants import Graph
 from sparsify_deploy.graph.int8_weights import store_int8_weights_
 from sparsify_deploy.graph.layers import weight_layers
 from sparsify_deploy.quantization import int8
+from sparsify_deploy.runtimes import openvino
 from sparsify_deploy.stages.flavours import measured_ranges, write_onnxruntime
 
 pytest.importorskip("modelopt")
@@ -81,10 +82,28 @@ class Perceptron(nn.Module):
         return answers
 
 
+class Joined(nn.Module):
+    """Two concatenations, one inside the other, of values with and without a sign."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(3, 16, 1)
+        self.c, self.d = nn.Conv2d(32, 16, 3, padding=1), nn.Conv2d(48, 16, 3, padding=1)
+        self.pool = nn.MaxPool2d(2)
+        self.fc = nn.Linear(16 * 8 * 8, 10)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = torch.cat([torch.relu(self.a(image)), self.b(image)], 1)
+        x = self.pool(torch.cat([torch.relu(self.c(x)), x], 1))
+        answers: Tensor = self.fc(torch.relu(self.d(x)).flatten(1))
+        return answers
+
+
 SHAPES: dict[type[nn.Module], tuple[int, ...]] = {
     Residual: (3, 16, 16),
     Depthwise: (3, 16, 16),
     Perceptron: (6, 32),
+    Joined: (3, 16, 16),
 }
 NETS = list(SHAPES)
 Make = Callable[[type[nn.Module]], tuple[nn.Module, Path, Path, flavour.Rewritten]]
@@ -254,6 +273,21 @@ def test_unsigned_activations_for_openvino_change_no_value(made: Make, kind: typ
     if kind is Residual:
         assert changed >= 4
     np.testing.assert_allclose(after, before, rtol=0, atol=1e-4 * np.abs(before).max())
+
+
+@pytest.mark.parametrize("kind", NETS, ids=lambda kind: kind.__name__)
+def test_openvino_computes_what_the_file_says(made: Make, kind: type[nn.Module], tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    _, source, _, _ = made(kind)
+    engine = tmp_path / "model.xml"
+    openvino.build(source, engine, openvino.Params())
+    loud = 2 * images(kind, 32, 7)
+    with openvino.open(engine, openvino.Params(), threads=1, shapes={"image": tuple(loud.shape)}) as session:
+        session.bind({"image": loud.numpy()})
+        session.execute()
+        (found,) = session.fetch().values()
+    expected = run(source, loud, optimise=False)
+    assert np.linalg.norm(found - expected) < 0.005 * np.linalg.norm(expected)
 
 
 def test_a_missing_range_and_a_foreign_file_are_refused_by_name(made: Make) -> None:

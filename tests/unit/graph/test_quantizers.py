@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from sparsify_deploy.graph import file
+from sparsify_deploy.graph.flavour import unsigned_
 from sparsify_deploy.graph.quantizers import merge_quantizers_, place_quantizers_
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -78,3 +79,42 @@ def test_an_output_of_the_network_stays(tensor: str) -> None:
     assert tensor in {name for node in model.graph.node for name in node.output}
     if tensor == "p":
         assert next(node for node in model.graph.node if "r" in node.input).op_type == "MaxPool"
+
+
+MOVED = {
+    "nothing": [],
+    "a flattening": [("Flatten", {})],
+    "max pooling": [("MaxPool", {"kernel_shape": [2, 2]})],
+    "both": [("MaxPool", {"kernel_shape": [2, 2]}), ("Flatten", {})],
+}
+
+
+def stopped(moves: list[tuple[str, dict[str, Any]]], *, read_twice: bool) -> onnx.ModelProto:
+    """A Relu, then `moves` and one INT8 Q/DQ, whose input others may read as well."""
+    constants = [numpy_helper.from_array(np.array(0.01, np.float32), "s")]
+    constants.append(numpy_helper.from_array(np.array(0, np.int8), "z"))
+    nodes, last = [helper.make_node("Relu", ["x"], ["r"])], "r"
+    for i, (kind, attributes) in enumerate(moves):
+        nodes.append(helper.make_node(kind, [last], [f"m{i}"], **attributes))
+        last = f"m{i}"
+    nodes.append(helper.make_node("QuantizeLinear", [last, "s", "z"], ["q"]))
+    nodes.append(helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]))
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    if read_twice:
+        nodes.append(helper.make_node("Neg", [last], ["n"]))
+        outputs.append(helper.make_tensor_value_info("n", TensorProto.FLOAT, None))
+    start = [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 2, 8, 8))]
+    graph = helper.make_graph(nodes, "stopped", start, outputs, constants)
+    return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+
+
+@pytest.mark.parametrize("read_twice", [False, True])
+@pytest.mark.parametrize("moves", MOVED.values(), ids=MOVED)
+def test_unsigned_activations_stop_at_127_steps_behind_what_moves_values(
+    moves: list[tuple[str, dict[str, Any]]], read_twice: bool
+) -> None:
+    model = stopped(moves, read_twice=read_twice)
+    before = run(model)
+    assert before.max() == pytest.approx(1.27)
+    assert unsigned_(model) == (0 if read_twice else 1)
+    np.testing.assert_array_equal(run(model), before)

@@ -225,3 +225,61 @@ def test_a_checkpoint_fits_whether_packed_or_taken_apart(kind, tmp_path):
         fresh = nn.ModuleDict({"a": nn.MultiheadAttention(16, 4, **KINDS[kind])}).eval()
         _checkpoint.load_checkpoint(fresh, path)
         assert torch.allclose(unpack_attention_(fresh)["a"](*x)[0], new(*x)[0], atol=1e-6)
+
+
+class Named(nn.Module):
+    """An attention of one's own."""
+
+    batch_first, in_proj_bias, _qkv_same_embed_dim = True, None, False
+
+    def forward(self, query, key, value, **_):
+        return query + key + value, None
+
+
+def test_a_layer_with_an_attention_of_its_own_stays():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    layer.self_attn = Named()
+    assert unpack_attention_(layer) is layer
+    assert layer.packed_because == "its self_attn is a Named"
+
+
+class Hinted(nn.TransformerEncoderLayer):
+    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
+        return 2 * src if is_causal else src
+
+
+def test_an_encoder_of_layers_of_ones_own_still_tells_them_is_causal():
+    old = nn.TransformerEncoder(Hinted(16, 4, 32, batch_first=True), 1).eval()
+    new = unpack_attention_(copy.deepcopy(old))
+    x = torch.randn(2, 5, 16)
+    causal = nn.Transformer.generate_square_subsequent_mask(5)
+    assert torch.equal(old(x, mask=causal), new(x, mask=causal))
+    assert new.packed_because == "one of its layers is a Hinted"
+    assert type(new.layers[0].self_attn) is Attention
+
+
+def test_an_encoder_told_is_causal_without_a_mask_is_refused_as_torch_refuses_it():
+    old = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 1).eval()
+    new = unpack_attention_(copy.deepcopy(old))
+    x = torch.randn(2, 5, 16)
+    with pytest.raises(RuntimeError):
+        old(x, is_causal=True)
+    with pytest.raises(ModelError, match="give it mask too"):
+        new(x, is_causal=True)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_a_whole_transformer_with_masks_computes_the_same(batch_first):
+    old = nn.Transformer(16, 4, 1, 1, 32, batch_first=batch_first).eval()
+    new = unpack_attention_(copy.deepcopy(old))
+    assert type(new.decoder.layers[0].multihead_attn) is Attention
+    x, y = torch.randn(3, 3, 16), torch.randn(3, 3, 16)
+    padding = torch.tensor([[False] * 3, [False, False, True], [False] * 3])
+    masks = {
+        "tgt_mask": nn.Transformer.generate_square_subsequent_mask(3),
+        "tgt_is_causal": True,
+        "tgt_key_padding_mask": padding.float().masked_fill(padding, -torch.inf),
+        "memory_key_padding_mask": padding,
+    }
+    assert torch.allclose(old(x, y, **masks), new(x, y, **masks), atol=1e-5)

@@ -112,7 +112,7 @@ class Mode(Enum):
 
 
 class Kind(Enum):
-    FLOAT, BF16 = 1, 2
+    FLOAT, BF16, INT32 = 1, 2, 3
 
 
 class Context:
@@ -263,3 +263,10 @@ def test_what_the_child_refuses_is_not_loaded_here(monkeypatch, tmp_path):
     opening = _cuda.open_engine(flavour, tmp_path / "net.engine", None, time_limit_s=9.0)
     with pytest.raises(DataError, match="built elsewhere, limit 9"), opening:
         pass
+
+
+def test_an_engine_that_takes_int32_for_the_files_int64_gets_it():
+    driver = Driver()
+    opened = session(driver, kind=Kind.INT32)
+    opened.bind({"x": np.zeros((1, 3), np.int64)})
+    assert {len(bytes(buffer)) for buffer in driver.buffers.values()} == {12}

@@ -15,9 +15,6 @@ from sparsify_deploy.params import Params
 from sparsify_deploy.runtimes import _metadata, _packages
 
 NAMES = menu.names("runtimes")
-EXTRAS = {("build", "progress")}
-"""Optional keywords beyond the seam that some entries have."""
-
 FOREIGN = ("torch", "numpy", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda")
 
 
@@ -37,14 +34,14 @@ def test_an_entry_has_what_the_seam_asks_for(name):
         ("unavailable_reason", [], {}),
         ("cannot_run_reason", [], {}),
         ("version", [], {}),
-        ("build", ["onnx", "engine", "params"], {}),
+        ("build", ["onnx", "engine", "params"], {"progress": None}),
         ("open", ["engine", "params"], {"threads": 1, "shapes": None}),
         ("profile", ["engine", "params", "inputs"], {"threads": 1}),
     ):
         found = inspect.signature(getattr(runtime, function)).parameters.values()
         assert [p.name for p in found if p.kind is p.POSITIONAL_ONLY] == positional
         optional = {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY}
-        assert {key: value for key, value in optional.items() if (function, key) not in EXTRAS} == keywords
+        assert optional == keywords
 
 
 def test_no_two_runtimes_share_a_suffix():

@@ -79,6 +79,9 @@ class Builder:
             assert monitor.ready
             monitor.phase_start("Building", None, 2)
             monitor.phase_start("Timing", "Building", 3)
+            monitor.phase_start("A tactic", "Timing", 1)
+            assert monitor.step_complete("A tactic", 0)
+            monitor.phase_finish("A tactic")
             assert monitor.step_complete("Timing", 1)
             monitor.phase_finish("Timing")
             monitor.phase_finish("Building")

@@ -11,28 +11,6 @@ from sparsify_deploy.runtimes import _cuda, _trt_profile
 
 
 @pytest.mark.parametrize(
-    ("name", "metadata", "nodes"),
-    [
-        ("conv1.weight + Relu_3", "", ("conv1.weight", "Relu_3")),
-        ("/conv1/Conv || /conv2/Conv", "", ("/conv1/Conv", "/conv2/Conv")),
-        ("fc.weight + QuantizeLinear_7 + Gemm_9", "", ("fc.weight", "QuantizeLinear_7", "Gemm_9")),
-        ("PWN(PWN(Sigmoid_2), Mul_3)", "", ("Sigmoid_2", "Mul_3")),
-        ("Conv_0 + PWN(Relu_1)", "", ("Conv_0", "Relu_1")),
-        ("[Conv] /layer1/conv", "", ("/layer1/conv",)),
-        ("Conv_4_clone_1", "", ("Conv_4",)),
-        ("{ForeignNode[/a/MatMul.../b/Add]}", "", ("/a/MatMul", "/b/Add")),
-        ("Reformatting CopyNode for Input Tensor 0 to Conv_0", "", ()),
-        ("(Unnamed Layer* 12) [Constant]", "", ()),
-        ("__myl_FcAdd_myl0_3", "", ()),
-        ("__myl_FcAdd_myl0_3", "[ONNX Layer: fc1]\x1e[ONNX Layer: add (1)]\x1f[ONNX Layer: fc1]", ("fc1", "add (1)")),
-        ("conv1 + relu", "[ONNX Layer: conv1][ONNX Layer: relu]", ("conv1", "relu")),
-    ],
-)
-def test_the_onnx_nodes_in_a_layer(name, metadata, nodes):
-    assert _trt_profile.nodes_of(name, metadata) == nodes
-
-
-@pytest.mark.parametrize(
     ("kernel", "sparse"),
     [
         ("sm80_xmma_fprop_sparse_conv_interleaved_i8i8_i8i32_f32", True),

@@ -251,3 +251,29 @@ def test_a_builder_that_segfaults_is_a_message_with_its_log(tmp_path, monkeypatc
     path.write_bytes(b"")
     with pytest.raises(ModelError, match="empty"):
         _trt.build(_trt.Flavour("fake_trt", "TensorRT"), path, engine, tensorrt.Params())
+
+
+@pytest.mark.parametrize(
+    ("messages", "eligible", "picked"),
+    [
+        (
+            [
+                "(Sparsity) Found 3 layer(s) eligible to use sparse tactics: conv1 + PWN(a, b), fc1, fc2",
+                "(Sparsity) Chose 1 layer(s) using sparse tactics: fc1",
+            ],
+            ["conv1 + PWN(a, b)", "fc1", "fc2"],
+            ["fc1"],
+        ),
+        (
+            [
+                "(Sparsity) Found 39 layer(s) eligible to use sparse tactics",
+                "(Sparsity) Chose 0 layer(s) using sparse tactics",
+            ],
+            None,
+            [],
+        ),
+        (["(Sparsity) Found 0 layer(s) eligible to use sparse tactics:"], [], None),
+    ],
+)
+def test_what_version_10_says_of_sparse_layers(messages, eligible, picked):
+    assert _trt_build.sparsity_said(messages) == {"sparse_eligible": eligible, "sparse_picked": picked}

@@ -78,6 +78,18 @@ def test_shapes_must_fit_the_batch_and_the_input(bench: Bench) -> None:
         bench(shapes={"ids": (1, 7, 7)})
 
 
+def test_parameters_without_an_onnx_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--set precision=bf16: goes with ONNX files"):
+        cli.call(["bench", str(tmp_path / "model.xml"), "--set", "precision=bf16"])
+
+
+def test_what_is_no_file_is_named_as_such(words: Path) -> None:
+    words.with_name("folder.onnx").mkdir()
+    for verb in ("bench", "inspect"):
+        with pytest.raises(DataError, match=r"folder\.onnx: is not a file"):
+            cli.call([verb, str(words.with_name("folder.onnx"))])
+
+
 def test_parameters_reach_the_runtime_of_onnx_files(bench: Bench) -> None:
     with pytest.raises(UsageError, match="--set provider"):
         bench(shapes={"ids": (1, 7)}, sets=["provider=TPU"])
@@ -96,6 +108,18 @@ def test_shapes_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"^--shape .*expected NAME=1x3x224x224") as caught:
         parse_shapes([text])
     assert len(caught.value.lines) == 1
+
+
+def test_sizes_beyond_every_runtime_are_refused() -> None:
+    with pytest.raises(UsageError, match="more than any runtime takes"):
+        deploy.parse_batches("1,99999999999999999999")
+    with pytest.raises(UsageError, match="which no runtime takes"):
+        parse_shapes(["ids=2147483647x2147483647x9"])
+
+
+def test_a_batch_size_given_twice_is_refused() -> None:
+    with pytest.raises(UsageError, match="each size once"):
+        deploy.parse_batches("1,8,1")
 
 
 def test_a_shape_given_twice_is_refused() -> None:

@@ -174,24 +174,41 @@ def test_an_array_without_a_name_and_python_objects_are_refused(tmp_path: Path) 
     with pytest.raises(DataError, match="without a name"):
         read_inputs(tmp_path / "one.npy")
     np.savez(tmp_path / "objects.npz", image=np.array([{}], dtype=object))
-    with pytest.raises(DataError, match="plain arrays"):
+    with pytest.raises(DataError, match="plain arrays") as caught:
         read_inputs(tmp_path / "objects.npz")
+    assert "allow_pickle" not in str(caught.value), "no advice to unpickle a file"
 
 
 def test_wrong_inputs_and_options_are_one_line(net: Net, tmp_path: Path) -> None:
     good = net()
     np.savez(tmp_path / "other.npz", picture=np.ones((1, 8, 6, 6), np.float32))
-    with pytest.raises(DataError, match="has no input 'picture'"):
+    with pytest.raises(DataError, match=r"other\.npz: holds picture, and .*net\.onnx takes image \(float32\)"):
         compare(good, good, inputs=tmp_path / "other.npz")
-    with pytest.raises(UsageError, match="--tolerance"):
-        compare(good, good, tolerance=0.0)
+    for tolerance in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match=r"--tolerance .* must be a number above 0"):
+            compare(good, good, tolerance=tolerance)
+    with pytest.raises(DataError, match=r"--onnx .*gone\.onnx: no such file"):
+        compare(good, good, onnx=tmp_path / "gone.onnx")
+    with pytest.raises(DataError, match="is not a file"):
+        compare(good, tmp_path)
     with pytest.raises(DataError, match=r"gone\.onnx: no such file"):
         compare(good, tmp_path / "gone.onnx")
-    with pytest.raises(UsageError, match="--tolerance: goes with --compare"):
-        cli.call(["inspect", str(good), "--tolerance", "0.1"])
+    for text in ("0.1", "0"):
+        with pytest.raises(UsageError, match="--tolerance: goes with --compare"):
+            cli.call(["inspect", str(good), "--tolerance", text])
     options = ["--compare", str(good), "--inputs", str(tmp_path / "other.npz"), "--shape", "image=1x8x6x6"]
     with pytest.raises(UsageError, match="--shape: the arrays of --inputs"):
         cli.call(["inspect", str(good), *options])
+
+
+def test_a_difference_that_is_not_finite_is_null_in_json(net: Net, capsys: pytest.CaptureFixture[str]) -> None:
+    good = net()
+    bad = broken(good, "1.weight", lambda weight: weight * np.float32("nan"))
+    assert cli.call(["inspect", str(bad), "--compare", str(good), "--json"]) == 4
+    text = capsys.readouterr().out
+    assert "Infinity" not in text
+    assert "NaN" not in text
+    assert json.loads(text)["outputs"][0]["relative"] is None
 
 
 def test_files_of_two_networks_are_refused(net: Net, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sparsify_deploy import console
-from sparsify_deploy.deploy import Built, Inspected
+from sparsify_deploy.deploy import Benched, Built, Inspected
 from sparsify_deploy.doctor import Finding
 from sparsify_deploy.layer_verdict import Known, chain
 from sparsify_deploy.pipeline import Status
@@ -22,7 +22,7 @@ from sparsify_deploy.reports import LayerReport, LayerSensitivity, RunReport, Sc
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.project_nm import LayerForecast
 from sparsify_deploy.tables import Table, tables
-from sparsify_deploy.timing import Race
+from sparsify_deploy.timing import Copies, Race, Surroundings
 from sparsify_deploy.types import BuildNotes, EngineProfile, LayerTime
 from sparsify_deploy.workspace import Forecast
 
@@ -197,16 +197,29 @@ def test_the_other_results_print_as_text_and_as_json(
     alone = SensitivityReport("accuracy", "higher", "train", 40, "2:4", 0.75, 0.5, None, None, "[why]", (row,))
     look = Inspected(Path("m.onnx"), "", "2:4", None, chain("m.onnx", [layer], Known()), None)
     profile = EngineProfile((LayerTime("/conv[1]", (), "jit[1]", 0.25), LayerTime("b", (), "jit", 0.75)), 60)
-    engine = Inspected(Path("m.xml"), "openvino", "2:4", {"version": "[1]"}, None, profile)
+    record = {"version": "[1]", "label": "", "facts": {}, "runs_here": True, "options": {"fp16": False, "sm": ["86"]}}
+    engine = Inspected(Path("m.xml"), "openvino", "2:4", record, None, profile)
+    calm = Surroundings(0.5, "")
+    benched = Benched(
+        races=(race({"a[b].onnx": 2.0, "c": 1.0}),),
+        copies=(Copies("a[b].onnx", 1, 0.25, 0.125, 5),),
+        sha256={"a[b].onnx": "0a1b"},
+        inputs="random",
+        machine={"packages": {"numpy": "2"}, "cpu": "[cpu]", "cores": 2, "gpu": "none"},
+        before=calm,
+        after=calm,
+    )
     calls: list[tuple[Callable[..., None], Any, str]] = [
         (console.menus, {"methods": {"rigl": "[x] it"}}, "  rigl  [x] it"),
         (console.diagnosis, [Finding("torch", "missing", "[d]", "do x")], "missing torch  [d]: do x"),
         (console.built, Built(Path("a [b].xml"), notes), "a [b].xml: openvino 1.0, 1.2 s, [label]"),
-        (console.raced, [race({"a[b].onnx": 2.0, "c": 1.0})], "2.00x [1.98, 2.02] faster"),
+        (console.raced, benched, "2.00x [1.98, 2.02] faster"),
+        (console.raced, benched, "a[b].onnx at batch 1: inputs in 0.250 ms, outputs out 0.125 ms"),
+        (console.raced, benched, "sha256 0a1b  a[b].onnx"),
         (console.sensitivity, alone, "1     fc[1]  8x16   0.5000               +0.2500 / +1.0000"),
         (console.sensitivity, alone, "INT8 was not measured: [why]."),
         (console.inspected, look, "layer by layer: m.onnx; 1 of 1 hold 2:4"),
-        (console.inspected, engine, "  version: [1]"),
+        (console.inspected, engine, "  options: fp16 no, sm 86\n  runs here: yes\n  version: [1]\n"),
         (console.inspected, engine, "/conv[1]  jit[1]  -          0.2500  25%"),
     ]
     for call, value, text in calls:

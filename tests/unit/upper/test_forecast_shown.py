@@ -20,6 +20,7 @@ from sparsify_deploy.recipe import NM, Quantize, Recipe
 from sparsify_deploy.reports import BenchmarkReport, RunReport, dump, load
 from sparsify_deploy.stages import predictions
 from sparsify_deploy.timing import Race
+from sparsify_deploy.types import EngineProfile, LayerTime
 
 Make = Callable[..., Recipe]
 Capture = pytest.CaptureFixture[str]
@@ -48,6 +49,32 @@ def test_a_race_on_the_same_gpu_and_batch_stands_beside_its_prediction_alone(
     assert all(row.measured is None for row in elsewhere)
 
 
+def profiled(found: BenchmarkReport) -> BenchmarkReport:
+    layers = tuple(LayerTime(f"fused {i}", (f"/n{i}",), "k", 1.0) for i in range(12))
+    return dataclasses.replace(found, profiles={"dense INT8": EngineProfile(layers, 30)})
+
+
+def test_the_measured_dense_twin_makes_a_row_of_its_own(recipe: Make, race: Callable[..., Race]) -> None:
+    net = tuple(
+        dataclasses.replace(x, work=dataclasses.replace(x.work, parameter=f"{x.work.name}.weight")) for x in NET
+    )
+    nodes = {f"l{i}.weight": f"/n{i}" for i in range(12)}
+    times = race({"dense INT8": 1.2, "2:4 INT8": 1.0}, batch_size=8)
+    found = profiled(raced("tensorrt", times))
+    last = predictions.rows(recipe(), net, [found], H100, LABELS, nodes=nodes)[-1]
+    assert (last.target, last.batch_size, last.eligible, last.weighted) == (H100, 8, 6, 12)
+    assert last.how.startswith(f"from the measured dense engine on {H100}")
+    assert (last.share, last.realistic, last.ideal) == pytest.approx((0.5, 1 / (0.5 + 0.5 / 1.3), 1 / 0.75))
+    assert last.measured is not None
+    assert last.measured[0] == pytest.approx(1.2)
+    for other in (raced("tensorrt", times), profiled(raced("openvino", times))):
+        rows = predictions.rows(recipe(), net, [other], H100, LABELS, nodes=nodes)
+        assert not any("measured dense engine" in row.how for row in rows)
+    assert len(predictions.rows(recipe(), net, [found], H100, LABELS)) == len(
+        predictions.rows(recipe(), net, [raced("tensorrt", times)], H100, LABELS)
+    )
+
+
 def test_a_runtime_without_sparse_kernels_is_predicted_to_gain_nothing(recipe: Make, race: Callable[..., Race]) -> None:
     found = raced("openvino", race({"dense INT8": 1.0, "2:4 INT8": 1.01}))
     *_, last = predictions.rows(recipe(), NET, [found], H100, LABELS)
@@ -59,6 +86,8 @@ def test_a_runtime_without_sparse_kernels_is_predicted_to_gain_nothing(recipe: M
         "openvino: 2:4 gains exactly 1.00x over dense INT8: it has no kernels that skip zeros (stated, not measured)",
     )
     assert predictions.unskipped(recipe(deploy=[{"runtime": "tensorrt"}])) == ()
+    [untold] = predictions.unskipped(recipe(deploy=[{"runtime": "tensorrt_rtx"}]))
+    assert untold == "tensorrt_rtx: does not tell which kernels skip zeros, so nothing is predicted for it"
 
 
 def test_the_report_keeps_predictions_and_its_table_says_what_was_not_measured(

@@ -213,3 +213,9 @@ def test_validate_names_every_mistake(capsys: Capture, recipe_file: Path) -> Non
     lines = capsys.readouterr().err.splitlines()
     places = [line.split(": ")[1] for line in lines]
     assert [place.rpartition("/")[2] for place in places] == ["small.yaml:4:1", "small.yaml:5:1"]
+
+
+def test_a_stdout_that_the_caller_closed_is_no_error() -> None:
+    command = ["sh", "-c", '"$0" -m sparsify_deploy list --json >&-', sys.executable]
+    done = subprocess.run(command, stderr=subprocess.PIPE, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -21,7 +21,7 @@ from sparsify_deploy.runtimes import openvino
 from sparsify_deploy.stages import build_engine
 from sparsify_deploy.stages.benchmark import BenchmarkEngines, Variant
 from sparsify_deploy.stages.build_engine import BuildEngine
-from sparsify_deploy.types import BuildNotes, Context
+from sparsify_deploy.types import BuildNotes, Context, Progress
 
 torch = pytest.importorskip("torch")
 
@@ -132,7 +132,7 @@ def test_the_lower_precision_races_with_its_own_accuracy_or_is_left_out_with_the
 ) -> None:
     real = openvino.build
 
-    def build(source: Path, engine: Path, params: openvino.Params) -> BuildNotes:
+    def build(source: Path, engine: Path, params: openvino.Params, *, progress: Progress | None = None) -> BuildNotes:
         asked.append(params.precision)
         notes = real(source, engine, openvino.Params())
         lacking = params.precision == "bf16" and not native
@@ -195,7 +195,7 @@ def test_an_engine_that_answers_otherwise_is_refused(
     net: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantised: bool
 ) -> None:
     other, real = net("other.onnx", scale=-1.0), openvino.build
-    monkeypatch.setattr(openvino, "build", lambda source, engine, params: real(other, engine, params))
+    monkeypatch.setattr(openvino, "build", lambda source, engine, params, **k: real(other, engine, params))
     if quantised:
         rows = build_engine.file_part
         monkeypatch.setattr(
@@ -216,7 +216,7 @@ def test_a_bf16_engine_is_held_to_its_answers_and_not_to_the_fp32_limit(
     coarse, real = net("coarse.onnx", scale=1.01), openvino.build
     for precision, refused in (("f32", True), ("bf16", False)):
 
-        def build_as(source: Path, engine: Path, params: Any, precision: str = precision) -> BuildNotes:
+        def build_as(source: Path, engine: Path, params: Any, precision: str = precision, **_: Any) -> BuildNotes:
             return dataclasses.replace(real(coarse, engine, params), options={"precision": precision})
 
         monkeypatch.setattr(openvino, "build", build_as)

@@ -8,9 +8,10 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
-from sparsify_deploy import recipe_source, starter
+from sparsify_deploy import console, recipe_source, starter
 from sparsify_deploy.errors import DataError, UsageError
 from sparsify_deploy.recipe import Recipe
+from sparsify_deploy.starter import Start
 from sparsify_deploy.workspace import open_run
 
 NET = """
@@ -102,6 +103,18 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path, model: str, dat
     with pytest.raises(UsageError, match=text):
         begin(model, data, tmp_path / "r.yaml")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is a folder; name the recipe in it, such as .*recipe\.yaml"):
+        begin("builtin:resnet8", "digits", tmp_path, force=True)
+    assert list(tmp_path.parent.glob(f"{tmp_path.name}.partial")) == []
+
+
+def test_the_next_command_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for code, trust in ((True, " --trust-code"), (False, "")):
+        console.started(Start(tmp_path / "a b.yaml", (), 3, code), as_json=False)
+        assert capsys.readouterr().out.endswith(f"plan '{tmp_path}/a b.yaml'{trust}\n")
 
 
 def test_data_that_is_not_there_leaves_nothing(tmp_path: Path) -> None:

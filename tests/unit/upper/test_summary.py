@@ -320,6 +320,24 @@ def test_publishing_writes_reports_recipe_and_engines_and_leaves_what_is_the_sam
     assert not list(run.rglob("*.partial"))
 
 
+def test_what_another_recipe_left_goes(
+    recipe: Make, outcomes: Callable[..., list[Outcome]], recipe_file: Path, tmp_path: Path
+) -> None:
+    found = plan(recipe())
+    made = outcomes(found)
+    run, digests = tmp_path / "run", DigestCache(tmp_path / "digests.json")
+    for stale in ("engines/dense/onnxruntime/model.onnx", "onnx/sparse/model.onnxruntime.onnx", "deploy.discarded/x"):
+        (run / stale).parent.mkdir(parents=True)
+        (run / stale).write_text("of another recipe, or of a run that was killed")
+    (run / "deploy.partial").mkdir()
+    publish(run, summarise(found, made, None), made, recipe_file, digests)
+    assert {path.name for path in run.glob("engines/*/*")} == {"openvino"}
+    assert {path.name for path in run.glob("onnx/*/*")} == {"model.onnx"}
+    assert not [*run.glob("deploy.*")]
+    publish(run, summarise(found, [], "sparse/train"), [], recipe_file, digests)
+    assert not [path for path in run.glob("*/**/*") if path.is_file()]
+
+
 def test_a_folder_without_a_report_says_what_to_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"report\.json: no report: name a run directory"):
         read_report(tmp_path)

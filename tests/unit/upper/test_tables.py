@@ -118,6 +118,11 @@ def test_a_race_is_shown_against_its_first_with_the_noise_floor(race: Callable[.
     assert "nothing within 2.0% of 1 is claimed" in table.how
 
 
+def test_a_floor_beyond_everything_claims_nothing_in_words(race: Callable[..., Race]) -> None:
+    loud = dataclasses.replace(race({"a": 1.0, "b": 1.0}), noise=3.663)
+    assert race_table("openvino", loud).how.endswith("too loud to claim anything.")
+
+
 def test_sizes_are_kib_below_a_mib() -> None:
     assert (kib(1536), kib((1 << 20) - 1), kib(1 << 20), kib(5 << 19)) == ("2 KiB", "1024 KiB", "1.00 MiB", "2.50 MiB")
 
@@ -169,7 +174,10 @@ def test_a_report_survives_json_and_a_broken_one_is_said_to_be(report: RunReport
     assert load(RunReport, path) == report
     assert '"usable_sparsity": 0.5' in path.read_text(encoding="utf-8")
     path.write_text(dump(report)[:-20], encoding="utf-8")
-    with pytest.raises(CorruptArtifact, match=r"report\.json: not a RunReport"):
+    with pytest.raises(CorruptArtifact, match=r"report\.json: cannot be read \(Invalid JSON: EOF"):
+        load(RunReport, path)
+    path.write_text("{}", encoding="utf-8")
+    with pytest.raises(CorruptArtifact, match=r"\(recipe: Field required\): `run` writes it again"):
         load(RunReport, path)
 
 
