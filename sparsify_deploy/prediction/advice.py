@@ -11,6 +11,9 @@ from sparsify_deploy.prediction.roofline import GpuForecast, Layer
 _NAMED = 3
 """Layers a line names before it counts the others."""
 
+_MATTERS = 0.02
+"""The least difference of two gains that advice rests on: no race claims less."""
+
 
 def kept_by_two_of_four(density: float) -> float:
     """The share of the kept weights that 2:4 leaves, where a mask of that density lies at random.
@@ -106,8 +109,10 @@ def batch_lines(forecasts: Sequence[GpuForecast]) -> Iterator[str]:
         if not small.share or small.bytes_bound < 0.5 * small.share:
             continue
         then = "predict a larger batch (prediction.batch_sizes)"
-        if large.batch_size > small.batch_size and large.gain("ideal") > small.gain("ideal"):
-            then = f"at batch {large.batch_size} ideally {large.gain('ideal'):.2f}x: serve larger batches"
+        if large.batch_size > small.batch_size:
+            then = f"at batch {large.batch_size} ideally {large.gain('ideal'):.2f}x: "
+            grows = large.gain("ideal") - small.gain("ideal") >= _MATTERS
+            then += "serve larger batches" if grows else "this network is too small for 2:4 to matter there"
         yield (
             f"batch {small.batch_size} on {gpu}: {small.bytes_bound / small.share:.0%} of the eligible layers' "
             f"predicted time is bound by bytes or launches, so 2:4 ideally gains {small.gain('ideal'):.2f}x; {then}"

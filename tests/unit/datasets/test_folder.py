@@ -94,7 +94,7 @@ def test_a_file_that_is_no_image_is_named(images: Make) -> None:
     (path / "train/cat/notes.txt").write_text("hello")
     with pytest.raises(
         DataError,
-        match=r"notes.txt: the image cannot be decoded \(UnidentifiedImageError: cannot identify image file\); .*unreadable: skip$",
+        match=r"notes.txt: the image cannot be decoded \(UnidentifiedImageError: cannot identify image file\); ",
     ):
         folder.open(folder.Params(path=path, size=8))
 

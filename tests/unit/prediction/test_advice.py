@@ -87,6 +87,9 @@ def test_a_small_batch_is_bound_by_bytes_and_a_large_one_is_named_instead(resnet
     assert not [*advice.batch_lines([forecast(resnet50, a100, 256)])]
     dense = [replace(one, sparse=False) for one in resnet50]
     assert not [*advice.batch_lines([forecast(dense, a100, 1)])]
+    tiny = [layer("tiny", (16, 16, 1, 1))]
+    (line,) = advice.batch_lines([forecast(tiny, a100, size) for size in (1, 32)])
+    assert line.endswith("at batch 32 ideally 1.00x: this network is too small for 2:4 to matter there")
 
 
 def test_missing_sections_are_named() -> None:
