@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
@@ -351,23 +352,48 @@ def publish(
 
     `plan` is the one whose Triton model repositories are written as well.
     """
-    from sparsify_deploy.page import fingerprint, is_current, page
-    from sparsify_deploy.tables import markdown
-
     folder.mkdir(parents=True, exist_ok=True)
     kept = [_copy(folder, outcome, digests) for outcome in outcomes]
     for stale in {*folder.glob("onnx/*/*"), *folder.glob("engines/*/*")} - {*kept}:
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     shipping.publish(folder, report, outcomes, digests)
+    if any(outcome.ran for outcome in outcomes) or not _is_published(folder, report):
+        _write_reports(folder, report)
+    if plan is not None:
+        shipping.serve(folder / "triton", plan, report, outcomes, digests)
+    text = recipe.read_text(encoding="utf-8") + "".join(f"# run with --set {change}\n" for change in sets)
+    _replace_file(folder / "recipe.yaml", text)
+
+
+def _is_published(folder: Path, report: RunReport) -> bool:
+    """Whether the reports in `folder` are of the same results: they hold then when and why those were made."""
+    files = [folder / name for name in ("report.json", "report.md", "report.html")]
+    if not all(file.is_file() for file in files):
+        return False
+    try:
+        old = json.loads(files[0].read_text(encoding="utf-8"))
+        same = [(step["id"], step["fingerprint"]) for step in old["steps"]]
+    except (ValueError, KeyError, TypeError):  # written by another version, or by hand
+        return False
+    steps = [(step.id, step.fingerprint) for step in report.steps]
+    parts = ("recipe", "machine", "metric", "direction", "gates", "predictions", "shipped", "notes", "verdict")
+    return same == steps and all(old.get(part) == _plain(getattr(report, part)) for part in parts)
+
+
+def _plain(part: object) -> Json:
+    """A part of a report as it comes back from JSON."""
+    return json.loads(json.dumps(part, default=asdict))
+
+
+def _write_reports(folder: Path, report: RunReport) -> None:
+    from sparsify_deploy.page import fingerprint, is_current, page
+    from sparsify_deploy.tables import markdown
+
     _replace_file(folder / "report.json", dump(report))
     _replace_file(folder / "report.md", markdown(report))
     shown = fingerprint(report)
     if not is_current(folder / "report.html", shown):
         _replace_file(folder / "report.html", page(report, shown))
-    if plan is not None:
-        shipping.serve(folder / "triton", plan, report, outcomes, digests)
-    text = recipe.read_text(encoding="utf-8") + "".join(f"# run with --set {change}\n" for change in sets)
-    _replace_file(folder / "recipe.yaml", text)
 
 
 def _copy(folder: Path, outcome: Outcome, digests: DigestCache) -> Path | None:
