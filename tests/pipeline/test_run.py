@@ -70,17 +70,30 @@ def test_both_branches_take_the_same_optimizer_steps(finished):
     assert steps == {"dense": 22, "sparse": 22}
 
 
-def test_a_second_run_has_nothing_to_do_and_imports_no_torch(cli, again):
+def test_a_second_run_has_nothing_to_do_imports_no_torch_and_leaves_the_reports(cli, again):
+    reports = [again / "runs" / "tiny" / f"report.{kind}" for kind in ("json", "md", "html")]
+    before = [path.read_bytes() for path in reports]
     program = (
-        "import sys; from sparsify_deploy.__main__ import main; code = main(['run', 'tiny.yaml']); "
+        "import sys; from sparsify_deploy.__main__ import main; code = main(['run', 'tiny.yaml', '--json']); "
         "found = sorted({'torch', 'numpy', 'onnx', 'openvino'} & set(sys.modules)); "
         "assert not found, found; sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=again, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("Verdict: ")
-    steps = json.loads((again / "runs" / "tiny" / "report.json").read_text())["steps"]
-    assert {step["state"] for step in steps} == {"cached"}
+    shown = json.loads(done.stdout)
+    assert shown["verdict"].startswith("Verdict: ")
+    assert {step["state"] for step in shown["steps"]} == {"cached"}
+    assert [path.read_bytes() for path in reports] == before
+
+
+def test_reports_are_written_again_where_one_is_gone_or_a_gate_differs(cli, again):
+    folder = again / "runs" / "tiny"
+    (folder / "report.md").unlink()
+    assert cli("run", "tiny.yaml", "-q").returncode == 0
+    assert (folder / "report.md").is_file()
+    limit = json.loads((folder / "report.json").read_text())["gates"]
+    cli("run", "tiny.yaml", "-q", "--set", "gates.min_sparsity=0.999")
+    assert json.loads((folder / "report.json").read_text())["gates"] != limit
 
 
 def test_status_explain_and_report_tell_the_same_from_the_run_directory(cli, again):
