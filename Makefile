@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := .venv/bin
 PINS := pyproject.toml $(wildcard constraints/*.txt)
 DEMO := train,cpu,tensorrt-rtx
-TEST := $(DEMO),vision,dev
+TEST := $(DEMO),vision,hf,docs,dev
 
 # $(1): the extras. The pins are those of the Python that .venv was made with.
 define install

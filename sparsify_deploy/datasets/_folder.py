@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsify_deploy.datasets._images import Decoder, check_pillow, threads
 from sparsify_deploy.errors import DataError
+from sparsify_deploy.preprocessing.images import Decoder, check_pillow, threads
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsify_deploy.datasets._images import Decoder, check_pillow, short, threads
 from sparsify_deploy.datasets._memory import targets
 from sparsify_deploy.errors import DataError, MissingExtra
 from sparsify_deploy.menu import did_you_mean
+from sparsify_deploy.preprocessing.images import Decoder, check_pillow, short, threads
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

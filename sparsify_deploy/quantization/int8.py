@@ -324,6 +324,7 @@ def _quiet() -> Iterator[None]:
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message="Cannot find transformers package", category=UserWarning)
+        warnings.filterwarnings("ignore", message="Failed to import modelopt .* plugin", category=UserWarning)
         yield
 
 

@@ -19,6 +19,7 @@ DOORS = {
     COMPUTED: ("doctor.py", "menu.py", "models/_zoo.py", "runtimes/_"),
     "click": (),  # what typer uses is its own copy, whose exceptions are other classes
     "cuda": ("runtimes/_",),
+    "datasets": (),  # through models/_zoo.py
     "modelopt": ("quantization/",),
     "onnx": ("graph/",),
     "onnxruntime": ("runtimes/onnxruntime.py",),
@@ -30,7 +31,9 @@ DOORS = {
     "tensorrt_rtx": ("runtimes/",),
     "timm": (),  # through models/_zoo.py
     "torch.onnx": ("export/",),
+    "tokenizers": ("preprocessing/text.py",),
     "torchvision": (),  # through models/_zoo.py
+    "transformers": (),  # through models/_zoo.py
     "typer": ("cli.py",),
 }
 """Package to the only places that import it."""

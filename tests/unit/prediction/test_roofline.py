@@ -138,7 +138,7 @@ def test_each_engine_is_as_fast_as_the_one_before_it_and_more_work_is_never_fast
     times = [cost(layer, gpu, batch, engine).us for engine in ENGINES]  # type: ignore[arg-type]
     assert times == sorted(times, reverse=True)
     assert times[-1] > 2
-    assert times[1] / times[3] <= 2
+    assert times[1] / times[3] <= 2.01  # 661 over 330 TOPS: the data sheets round
     for engine in ENGINES:
         more = [cost(layer, gpu, batch + 1, engine).us]  # type: ignore[arg-type]
         for field in ("macs", "read", "written"):

@@ -1,4 +1,4 @@
-"""Decodes one image; the only module of the data sets that knows Pillow."""
+"""Decodes and resizes one image; the only module that knows Pillow."""
 
 from __future__ import annotations
 
