@@ -22,7 +22,7 @@ echo "installing sparsify-deploy[$(1)] into .venv with $$pins"; \
 $(BIN)/python -m pip install -qq -c $$pins --config-settings editable_mode=compat -e '.[$(1)]'
 endef
 
-.PHONY: help demo test lint schema bench clean
+.PHONY: help demo test lint schema docs bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile | expand -t 15
@@ -43,6 +43,10 @@ lint: .venv/.installed-test ## ruff, mypy, the import rules, the Dockerfile
 schema: .venv/.installed-demo ## write sparsify_deploy/recipe.schema.json anew
 	@$(BIN)/python -c 'from sparsify_deploy.recipe_source import write_schema; write_schema()'
 
+docs: .venv/.installed-test ## the documentation, into build/site; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo 'build/site/index.html; $(BIN)/mkdocs serve shows it with its search'
+
 bench: ## how the measurements are made
 	@echo 'Each prints its figures, with --json for machines; run one at a time on a quiet machine:'
 	@for script in benchmarks/*.py; do \
@@ -52,7 +56,7 @@ bench: ## how the measurements are made
 
 clean: ## remove caches and build folders; .venv and runs/ stay
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
-	@find sparsify_deploy tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find sparsify_deploy tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.version_info >= (3, 11) or sys.exit( \

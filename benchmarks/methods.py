@@ -1,6 +1,7 @@
 """The tables of training methods: a grid of recipes through the package's own pipeline, then one table of accuracies.
 
     python benchmarks/methods.py mnist --data ../data/mnist.npz [--jobs 2] [--results benchmarks/results]
+    python benchmarks/methods.py rewiring --data ../data/mnist.npz
     python benchmarks/methods.py cifar10 --data ../data/cifar10 [--epochs 160 --precision bf16]
 
 The work folder holds every run's recipe, its stages and its result, so that the same command goes on where it was
@@ -17,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from harness import cifar10, mnist
+from harness import cifar10, mnist, rewiring
 from harness.grid import Grid, Run
 from harness.table import markdown, report
 from harness.work import Job, finished, jobs
@@ -75,7 +76,7 @@ def _said(event: Event) -> str:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("grid", choices=("mnist", "cifar10"))
+    parser.add_argument("grid", choices=("mnist", "rewiring", "cifar10"))
     parser.add_argument("--data", type=Path, help="mnist.npz, or the folder with CIFAR-10's parquet files")
     parser.add_argument("--work", type=Path, help="recipes and results; default runs/methods-GRID")
     parser.add_argument("--store", type=Path, help="stages; default WORK/store")
@@ -93,8 +94,10 @@ def arguments() -> argparse.Namespace:
 
 def chosen(asked: argparse.Namespace) -> Grid:
     """The grid that the command line asks for."""
-    if asked.grid == "mnist":
+    if asked.grid in ("mnist", "rewiring"):
         data = asked.data or Path("../data/mnist.npz")
+        if asked.grid == "rewiring":
+            return rewiring.grid(data.absolute(), asked.seeds or 3, asked.epochs or rewiring.EPOCHS)
         return mnist.grid(data.absolute(), asked.seeds or 3, asked.epochs or mnist.EPOCHS)
     data = asked.data or Path("../data/cifar10")
     return cifar10.grid(data.absolute(), asked.seeds or 1, asked.epochs or cifar10.EPOCHS, asked.precision)

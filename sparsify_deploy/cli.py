@@ -147,11 +147,12 @@ def sensitivity(
 @app.command(short_help="Write a first recipe for a trained network.")
 def init(
     model: Annotated[
-        str, typer.Option(metavar="SOURCE:NAME", help="timm:resnet50, torchvision:..., file:net.py:build")
+        str,
+        typer.Option(metavar="SOURCE:NAME", help="timm:resnet50, torchvision:..., file:net.py:build, onnx:FILE"),
     ],
     data: Annotated[
-        str, typer.Option(metavar="SOURCE:PATH", help="folder:DIR, npz:FILE, parquet:DIR, file:FILE, digits")
-    ],
+        str | None, typer.Option(metavar="SOURCE:PATH", help="folder:DIR, npz:FILE, parquet:DIR, file:FILE, digits")
+    ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="the recipe")] = Path("recipe.yaml"),
     checkpoint: Annotated[Path | None, typer.Option(help="trained weights: .safetensors, or a .pt of tensors")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace a recipe that is there")] = False,
@@ -188,10 +189,10 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what would run and why, its estimated cost, which layers could run sparse, and what that is predicted to
-    gain on GPUs, from shapes. Runs nothing."""
+    gain on GPUs, from shapes. Runs no step; what the user's code is needed for is left out without --trust-code."""
     from sparsify_deploy import deploy, workspace
 
-    opened = workspace.open_run(recipe, sets or (), run_dir, store, trust_code=trust_code)
+    opened = workspace.open_run(recipe, sets or (), run_dir, store, trust_code=trust_code or None)
     sizes = deploy.parse_batches(batch) if batch is not None else ()
     console.forecast(opened.forecast(gpu or (), sizes), as_json=as_json)
 
@@ -349,6 +350,28 @@ def inspect(
     found = deploy.inspect(model, pattern, trust=trust_engine, onnx=onnx, profile=profile)
     console.inspected(found, as_json=as_json)
     return 0
+
+
+@app.command(short_help="Put images, texts or arrays through a deployed model.")
+def predict(
+    package: Annotated[Path, typer.Argument(metavar="DEPLOY_DIR", help="the folder deploy/ of a finished run")],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="FILE...", help="images, .npy arrays, or .txt files with a text a line, as it takes"),
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="a text; repeatable")] = None,
+    top: Annotated[int, typer.Option(min=1, help="how many classes to show of each")] = 5,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Put images, texts or arrays through a deployed model, as in: predict runs/digits/deploy cat.jpg dog.jpg
+
+    Each is preprocessed as the recipe's data were, by the preprocessing.json that lies beside the engine. Shows the
+    likeliest classes with their probability, or the outputs of a model that is no classifier. Needs no torch.
+    """
+    from sparsify_deploy.predict import predict as ask
+
+    console.predicted(ask(package, files or (), text or (), top=top, threads=threads), as_json=as_json)
 
 
 @app.command(short_help="Check this machine and say what to install for what.")

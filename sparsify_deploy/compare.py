@@ -166,10 +166,11 @@ def _inputs(
     sides: Sequence[_Side], given: Path | None, shapes: Mapping[str, tuple[int, ...]], batch: int
 ) -> tuple[Named, str]:
     """What both are fed, and how a report calls that."""
-    from sparsify_deploy.graph import file
+    from sparsify_deploy.graph import axis_sizes, file
     from sparsify_deploy.runtimes import _tensors
 
-    first, second = (file.inputs(file.load(side.onnx)) for side in sides)
+    models = [file.load(side.onnx) for side in sides]
+    first, second = map(file.inputs, models)
     if {(t.name, t.dtype) for t in first} != {(t.name, t.dtype) for t in second}:
         raise DataError(
             f"{sides[1].path}: takes {_names(second)}, and {sides[0].path} takes {_names(first)}: they cannot be fed "
@@ -189,7 +190,8 @@ def _inputs(
         wanted[tensor.name] = IOTensor(tensor.name, tuple(a if a is not None else b for a, b in both), tensor.dtype)
     tensors = tuple(wanted.values())
     fixed = next((t.shape[0] for t in tensors if t.shape and t.shape[0] is not None and t.name not in shapes), None)
-    full = _tensors.full_shapes(tensors, fixed or batch, shapes, str(sides[0].path))
+    typical = _tensors.typical_shapes(tensors, fixed or batch, axis_sizes.plain(models[0]))
+    full = _tensors.full_shapes(tensors, fixed or batch, {**typical, **shapes}, str(sides[0].path))
     return _tensors.random_inputs(tensors, full), f"random, {_tensors.RANDOM_INPUTS}, batch {fixed or batch}"
 
 

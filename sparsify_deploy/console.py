@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparsify_deploy.deploy import Benched, Built, Inspected
     from sparsify_deploy.doctor import Finding
     from sparsify_deploy.pipeline import Status
+    from sparsify_deploy.predict import Predicted
     from sparsify_deploy.recipe import Recipe
     from sparsify_deploy.reports import RunReport, SensitivityReport
     from sparsify_deploy.starter import Start
@@ -189,7 +190,8 @@ def started(found: Start, *, as_json: bool) -> None:
         layers = [vars(layer) for layer in found.layers]
         _json({"recipe": str(found.recipe), "examples": found.examples, "layers": layers})
         return
-    out(f"{found.recipe}: 2:4 for {projected} of {len(found.layers)} layers, {found.examples} training examples")
+    examples = f"{found.examples} training examples" if found.examples else "no data"
+    out(f"{found.recipe}: 2:4 for {projected} of {len(found.layers)} layers, {examples}")
     out(f"next: sparsify-deploy plan {quote(str(found.recipe))}{' --trust-code' if found.runs_code else ''}")
 
 
@@ -256,6 +258,8 @@ def forecast(found: Forecast, *, as_json: bool) -> None:
                 "layers": [vars(layer) for layer in found.layers],
                 "keep_worst_dense": found.keep_worst_dense,
                 "missing": list(found.missing),
+                "code": list(found.code),
+                "trusted": found.trusted,
                 "predicted": [
                     {
                         **asdict(one),
@@ -300,6 +304,8 @@ def forecast(found: Forecast, *, as_json: bool) -> None:
         out(f"gates.min_predicted_speedup {found.gate.limit:g}: {found.gate.value:.3f}x, {met} ({found.gate.how})")
     for line in found.missing:
         out(f"missing: {line}")
+    for line in found.code:
+        out(f"{'trusted' if found.trusted else 'costs and layers are known with --trust-code'}: {line}")
 
 
 def diagnosis(findings: Sequence[Finding], *, as_json: bool) -> None:
@@ -327,6 +333,18 @@ def built(result: Built, *, as_json: bool) -> None:
         out(f"{result.triton}: for Triton, written and not served here; its config.pbtxt says which container it needs")
     for warning in result.notes.warnings:
         error(warning)
+
+
+def predicted(found: Predicted, *, as_json: bool) -> None:
+    """What a deployed model says to examples."""
+    from dataclasses import asdict
+
+    from sparsify_deploy.predict import table
+
+    if as_json:
+        _json(asdict(found))
+    else:
+        _print(table(found))
 
 
 def run_report(report: RunReport, *, as_json: bool) -> None:

@@ -25,7 +25,7 @@ from sparsify_deploy.timing import Copies, Race, Surroundings, copies, race, sur
 from sparsify_deploy.triton import described as served_model
 from sparsify_deploy.triton import model_name, unserved
 from sparsify_deploy.triton import write as write_model
-from sparsify_deploy.types import BuildNotes, EngineProfile, IOTensor, Json, Progress, Session
+from sparsify_deploy.types import BuildNotes, EngineProfile, Json, Progress, Session
 
 if TYPE_CHECKING:
     from sparsify_deploy.types import Arrays
@@ -191,8 +191,11 @@ def bench(
         raise UsageError(f"--set {sets[0]}: goes with ONNX files; an engine keeps the parameters it was built with")
     short = {path.name for path in models}
     labels = [path.name if len(short) == len(models) else str(path) for path in models]
+    from sparsify_deploy.runtimes._metadata import typical_shapes
+
     before = surroundings()
     races, copied = [], []
+    free: dict[str, tuple[int, ...]] = {}
     with TemporaryDirectory(prefix="sparsify-deploy-") as scratch:
         files = [
             _openable(path, label, runtime, trust=trust, scratch=Path(scratch) / str(i), sets=sets)
@@ -205,6 +208,7 @@ def bench(
                     stack.enter_context(_ready(file, size, threads, shapes or {}, integers))
                     for file in (*files, files[0])
                 ]
+                free |= typical_shapes(files[0].engine, opened[0][0].inputs, size)  # as they are fed by now
                 sessions = {file.label: session for file, (session, _) in zip(files, opened, strict=False)}
                 found = race(
                     sessions,
@@ -224,7 +228,8 @@ def bench(
         races=tuple(races),
         copies=tuple(copied),
         sha256={label: file_digest(path) for label, path in zip(labels, models, strict=True)},
-        inputs=f"random: standard normal floats, integers from {integers[0]} to {integers[1]}",
+        inputs=f"random: standard normal floats, integers from {integers[0]} to {integers[1]}"
+        + "".join(f", {name} {_tensors.shape_text(shape[1:])} an example" for name, shape in free.items()),
         machine=environment.machine(),
         before=before,
         after=surroundings(),
@@ -286,6 +291,8 @@ def _layers(model: Path, n: int, m: int) -> tuple[LayerReport, ...]:
 
 
 def _profiled(engine: Path, runtime: str, record: Mapping[str, Json] | None, threads: int) -> EngineProfile:
+    from sparsify_deploy.runtimes._metadata import typical_shapes
+
     chosen = _runtime(runtime)
     params = _recorded(engine, chosen, record) if record is not None else chosen.Params()
     if (reason := chosen.cannot_run_reason()) is not None:
@@ -293,7 +300,7 @@ def _profiled(engine: Path, runtime: str, record: Mapping[str, Json] | None, thr
     with chosen.open(engine, params) as session:
         tensors = session.inputs
     batch = tensors[0].shape[0] if tensors and tensors[0].shape else None
-    shapes = {tensor.name: _shape(tensor, batch or 1, engine.name) for tensor in tensors}
+    shapes = _tensors.full_shapes(tensors, batch or 1, typical_shapes(engine, tensors, batch or 1), engine.name)
     found: EngineProfile = chosen.profile(engine, params, _tensors.random_inputs(tensors, shapes), threads=threads)
     return found
 
@@ -383,16 +390,14 @@ def _ready(
     file: _File, batch: int, threads: int, given: Mapping[str, tuple[int, ...]], integers: tuple[int, int]
 ) -> Iterator[tuple[Session, Arrays]]:
     """The file opened at a batch size, with random inputs bound, and these."""
+    from sparsify_deploy.runtimes._metadata import typical_shapes
+
     chosen = menu.entry("runtimes", file.runtime)
     with chosen.open(file.engine, file.params) as probe:
         tensors = probe.inputs
-    shapes = _tensors.full_shapes(tensors, batch, given, file.label)
+    typical = typical_shapes(file.engine, tensors, batch)
+    shapes = _tensors.full_shapes(tensors, batch, {**typical, **given}, file.label)
     fed = _tensors.random_inputs(tensors, shapes, integers)
     with chosen.open(file.engine, file.params, threads=threads, shapes=shapes) as session:
         session.bind(fed)
         yield session, fed
-
-
-def _shape(tensor: IOTensor, batch: int, path: str) -> tuple[int, ...]:
-    """The tensor's shape with the batch on axis 0; every other axis must be fixed."""
-    return _tensors.full_shapes([tensor], batch, {}, path)[tensor.name]

@@ -77,9 +77,10 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Line:
-    """The loss of one training stage over its steps."""
+    """The loss of one training stage over its steps, or a metric on the validation split; `of` says which."""
 
     title: str
+    of: str
     x: Axis
     y: Axis
     path: str
@@ -243,7 +244,9 @@ def _value(report: RunReport, label: str, raced: Mapping[str, Mapping[str, float
     own = [e.metrics for e in report.engines if e.branch == branch and e.metrics is not None]
     if own and last is row:
         return own[0][report.metric], "engine"
-    return row.model.metrics[report.metric], "torch"
+    if report.metric not in row.model.metrics:
+        return None
+    return row.model.metrics[report.metric], "ONNX Runtime" if branch == "given" else "torch"
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -260,7 +263,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 def sparsity(report: RunReport) -> tuple[tuple[Bar, ...], float | None, str]:
     """The layers of the final sparse model, what sparsity was asked for, and the model's label."""
-    rows = [row for row in report.rows if row.step.startswith("sparse/")]
+    rows = [row for row in report.rows if row.step.startswith(("sparse/", "given/"))]
     if not rows or not rows[-1].model.layers:
         return (), None, ""
     model = rows[-1].model
@@ -279,19 +282,25 @@ def _bar(layer: LayerReport) -> Bar:
 
 
 def curves(report: RunReport) -> Iterator[Line]:
-    """One small chart a training."""
+    """One small chart a training, and one of what was measured on the way."""
     for curve in report.curves:
-        steps, losses = [step for step, _ in curve.losses], [loss for _, loss in curve.losses]
-        x = axis(0.0, float(max(steps)), LEFT, WIDTH - RIGHT, whole=True)
-        y = (
-            axis(0.0, max(losses), HEIGHT - BOTTOM, TOP)
-            if min(losses) >= 0
-            else axis(min(losses), max(losses), HEIGHT - BOTTOM, TOP)
-        )
-        places = tuple((x.at(step), y.at(loss)) for step, loss in curve.losses)
-        path = "M" + "L".join(f"{a},{b}" for a, b in places)
-        dots = places if len(places) <= 40 else ()
-        yield Line(curve.step, x, y, path, dots, f"{losses[0]:.4g}", f"{losses[-1]:.4g}")
+        yield _line(curve.step, "training loss", curve.losses)
+        if curve.measured:
+            yield _line(curve.step, f"validation {curve.metric}", curve.measured)
+
+
+def _line(title: str, of: str, points: Sequence[tuple[int, float]]) -> Line:
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    x = axis(0.0, float(max(steps)), LEFT, WIDTH - RIGHT, whole=True)
+    y = (
+        axis(0.0, max(values), HEIGHT - BOTTOM, TOP)
+        if min(values) >= 0
+        else axis(min(values), max(values), HEIGHT - BOTTOM, TOP)
+    )
+    places = tuple((x.at(step), y.at(value)) for step, value in points)
+    path = "M" + "L".join(f"{a},{b}" for a, b in places)
+    dots = places if len(places) <= 40 else ()
+    return Line(title, of, x, y, path, dots, f"{values[0]:.4g}", f"{values[-1]:.4g}")
 
 
 def axis(low: float, high: float, start: float, end: float, *, least: float = 1e-9, whole: bool = False) -> Axis:

@@ -130,6 +130,8 @@ def run(
         if record is None:
             if not checked:
                 check_before_running(plan.steps[order.index(step.id) : last + 1])
+                if (loaded := getattr(plan.subject, "loaded", None)) is not None:
+                    context.progress.say(loaded.line)
                 checked = True
             why = "asked for" if step.id in anew else store.reason(step.id, parts)
             if step.id in anew and not store.begun(step.stage.name, parts):

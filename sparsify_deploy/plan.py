@@ -13,19 +13,21 @@ from typing import Literal
 from sparsify_deploy import menu
 from sparsify_deploy.recipe import NM, Quantize, Recipe, Target
 from sparsify_deploy.recipe import Train as TrainSection
-from sparsify_deploy.reports import SAME_GRAPH
+from sparsify_deploy.reports import AS_GIVEN, IN_FLOAT, SAME_GRAPH
 from sparsify_deploy.stages.base import Stage
 from sparsify_deploy.stages.benchmark import BenchmarkEngines, Variant
 from sparsify_deploy.stages.build_engine import BuildEngine
 from sparsify_deploy.stages.export_onnx import ExportOnnx
 from sparsify_deploy.stages.fitting import Fit, hold
 from sparsify_deploy.stages.flavours import ExportFlavour
+from sparsify_deploy.stages.given import NO_DATA, Given, given
+from sparsify_deploy.stages.import_onnx import GivenFlavour, ImportOnnx, RaceGiven
 from sparsify_deploy.stages.init_mask import InitMask
 from sparsify_deploy.stages.measure import Measure
 from sparsify_deploy.stages.project_nm import ProjectNM
 from sparsify_deploy.stages.quantize import Quantize as QuantizeStage
 from sparsify_deploy.stages.sensitivity import Sensitivity
-from sparsify_deploy.stages.subject import Subject
+from sparsify_deploy.stages.subject import Subject, TrustedSubject
 from sparsify_deploy.stages.train import Train
 from sparsify_deploy.training.settings import Training
 
@@ -49,7 +51,7 @@ class PlannedStep:
 
     @property
     def branch(self) -> str:
-        """`dense` or `sparse`; for a race the stage's name."""
+        """`dense` or `sparse`, or `given` for an ONNX file that is not trained; for a race the stage's name."""
         return self.id.partition("/")[0]
 
 
@@ -114,13 +116,16 @@ class Plan:
         )
 
 
-def plan(recipe: Recipe, *, sensitivity: bool = False) -> Plan:
+def plan(recipe: Recipe, *, sensitivity: bool = False, trusted: bool = False) -> Plan:
     """The steps of a recipe. Reads no file and imports no torch.
 
     The sensitivity of the layers is measured where the recipe keeps the worst ones dense, or where `sensitivity` asks
-    for it; asking changes no other step.
+    for it; asking changes no other step. `trusted` lets its checkpoints run the code they hold.
     """
-    subject = Subject(recipe.model, recipe.data, recipe.task, recipe.seed)
+    if is_given(recipe):
+        return _given(recipe)
+    kind = TrustedSubject if trusted else Subject
+    subject = kind(recipe.model, recipe.data or NO_DATA, recipe.task, recipe.seed)  # recipe_checks asks for data
     sparse = _is_sparse(recipe)
     branches = []
     if recipe.dense_branch or not sparse:
@@ -133,6 +138,43 @@ def plan(recipe: Recipe, *, sensitivity: bool = False) -> Plan:
     if recipe.deploy:
         steps += [_race(recipe, subject, branches, target.runtime, i) for i, target in enumerate(recipe.deploy)]
     return Plan(recipe, subject, tuple(steps), tuple(row.id for row in rows))
+
+
+def is_given(recipe: Recipe) -> bool:
+    """Whether the recipe starts from a file that has no torch network, and so has the deploy half alone."""
+    return recipe.model.source == "onnx"
+
+
+def _given(recipe: Recipe) -> Plan:
+    """The plan of a file that is there: take it in, build it, race it against its own variants."""
+    subject = given(recipe)
+    imported = PlannedStep("given/import_onnx", ImportOnnx(subject), {}, AS_GIVEN)
+    steps = [imported]
+    batch_size, batches = 64, Quantize().calibration_batches
+    for target in recipe.deploy:
+        onnx = Ref(imported.id, "onnx")
+        if target.flavour == "onnxruntime":
+            flavour = GivenFlavour(subject, recipe.export, batches, batch_size)
+            onnx = Ref(f"given/{flavour.name}", "onnx")
+            steps += [PlannedStep(onnx.step, flavour, {"onnx": Ref(imported.id, "onnx")})]
+        engine = BuildEngine(subject, target.runtime, target.params, batch_size, recipe.export)
+        steps.append(PlannedStep(f"given/build_engine.{target.runtime}", engine, {"onnx": onnx}))
+    steps += [_given_race(recipe, subject, target, steps) for target in recipe.deploy]
+    return Plan(recipe, subject, tuple(steps), (imported.id,))
+
+
+def _given_race(recipe: Recipe, subject: Given, target: Target, steps: list[PlannedStep]) -> PlannedStep:
+    """The file against what `RaceGiven` finds a meaning in, its float form first: a speed-up is over that."""
+    engine = f"given/build_engine.{target.runtime}"
+    lower = getattr(menu.entry("runtimes", target.runtime), "lower_precision", lambda _: None)(target.params)
+    variants = [Variant(IN_FLOAT, "given_onnx", "float", kept=True), Variant(AS_GIVEN, "given_engine", "engine")]
+    if lower is not None:
+        variants.append(Variant(f"{AS_GIVEN}, in {lower[0]}", "given_onnx", "lower_precision", kept=True))
+    variants.append(Variant(SAME_GRAPH, "given_onnx", "dense_weights"))
+    (built_from,) = (step.inputs["onnx"] for step in steps if step.id == engine)
+    stage = RaceGiven(subject, target.runtime, target.params, recipe.benchmark, tuple(variants))
+    inputs = {"given_onnx": built_from, "given_engine": Ref(engine, "engine")}
+    return PlannedStep(f"benchmark/{target.runtime}", stage, inputs)
 
 
 def _is_sparse(recipe: Recipe) -> bool:

@@ -15,6 +15,7 @@ from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 from sparsify_deploy import menu
 from sparsify_deploy.params import Fraction, InputPath, NMPattern, NonNegative, Positive, n_and_m
 from sparsify_deploy.params import Params as Section
+from sparsify_deploy.training.image_settings import Augmentation
 from sparsify_deploy.training.settings import Distillation, Training, TrainingOverride
 
 SCHEMA_VERSION = 1
@@ -67,6 +68,14 @@ class Model(MenuSection):
     checkpoint: InputPath | None = Field(
         None, description="weights to start from: .safetensors, or .pt read with weights_only"
     )
+    checkpoint_match: Literal["names", "order"] = Field(
+        "names", description="order: the k-th tensor of the file is the k-th of the network, whatever their names"
+    )
+    checkpoint_partial: bool = Field(
+        False,
+        description="load what fits, such as all but a new classifier, and leave the rest as initialised; by order, "
+        "all but the last module",
+    )
 
 
 class Data(MenuSection):
@@ -76,8 +85,11 @@ class Data(MenuSection):
     KEY: ClassVar[str] = "source"
     source: str = Field("digits", description="a data set source, see `sparsify-deploy list datasets`")
     params: ParamsOf = Field(default_factory=NotGiven, description="the source's own parameters")
-    augment: tuple[Literal["crop", "flip"], ...] = Field(
-        (), strict=False, description="for images while training: crop pads by an eighth and crops at random"
+    augment: tuple[Augmentation, ...] = Field(
+        (),
+        strict=False,
+        description="for images while training, in this order: crop pads by an eighth and crops at random; the others "
+        "but flip are torchvision's, by name or as {name: parameters}",
     )
 
 
@@ -151,10 +163,22 @@ class NM(Section):
         return n_and_m(self.pattern)
 
 
+class CalibrationData(MenuSection):
+    """Examples for calibration alone, which need no labels."""
+
+    MENU: ClassVar[str] = "datasets"
+    KEY: ClassVar[str] = "source"
+    source: str = Field("folder", description="a data set source; its train split, or with labels false all of it")
+    params: ParamsOf = Field(default_factory=NotGiven, description="the source's own parameters")
+
+
 class Quantize(Section):
     """INT8 with calibration, and quantisation-aware training with the mask held."""
 
     calibration_batches: int = Field(8, ge=1)
+    calibration_data: CalibrationData | None = Field(
+        None, description="calibrate on these examples, scaled as those of data are; none: on data's train split"
+    )
     keep_float: Patterns = Field((), description="layers left in float, shell patterns over module names")
     residual: bool = Field(
         True, description="Q/DQ on the identity branch of residual adds, so that they fuse into INT8"
@@ -234,7 +258,7 @@ class Gates(Section):
 
 
 MENU_SECTIONS: Mapping[type[Section], tuple[str, str]] = {
-    section: (section.MENU, section.KEY) for section in (Model, Data, TaskSection, Init, Train, Target)
+    section: (section.MENU, section.KEY) for section in (Model, Data, CalibrationData, TaskSection, Init, Train, Target)
 }
 """Sections that name an entry of a menu: the menu, and the field that holds the name; `params` are the entry's."""
 
@@ -250,7 +274,9 @@ class Recipe(Section):
     dense_branch: bool = Field(True, description="also train, quantise, build and time the dense twin")
     store: InputPath | None = Field(None, description="an artifact store shared with other recipes")
     model: Model
-    data: Data
+    data: Data | None = Field(
+        None, description="none: only where model.source is onnx, which then runs on inputs that are drawn"
+    )
     task: TaskSection = Field(default_factory=TaskSection)
     training: Training | None = None
     init: Init | None = None

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from sparsify_deploy import menu
 from sparsify_deploy.params import n_and_m
 from sparsify_deploy.prediction.gpus import unknown_name
 from sparsify_deploy.recipe import Init, Recipe, Train
+from sparsify_deploy.training.settings import Training, TrainingOverride
+
+if TYPE_CHECKING:
+    from sparsify_deploy.types import Task
 
 LEAST_GATE_BATCH = 32
 """Below it launches and the bytes of weights hide what 2:4 does: a gate on that would stop every run."""
@@ -17,13 +22,72 @@ Mistake = tuple[tuple[str | int, ...], str]
 """The path of a field, and `what, what to do`."""
 
 
+_NEEDS_NETWORK = ("training", "init", "train", "nm", "quantize", "distillation", "sparsity")
+"""Sections that change a torch network."""
+
+
 def mistakes(recipe: Recipe) -> list[Mistake]:
     """What no single section can see."""
+    if recipe.model.source == "onnx":
+        shared = (_given_mistakes, _deploy_mistakes, _prediction_mistakes, _gate_mistakes)
+        return [mistake for part in shared for mistake in part(recipe)]
+    if recipe.data is None:
+        return [(("data",), "is required: add it")]
     parts = (
-        *(_training_mistakes, _mask_mistakes, _nm_mistakes, _distillation_mistakes),
+        *(
+            _checkpoint_mistakes,
+            _training_mistakes,
+            _mask_mistakes,
+            _nm_mistakes,
+            _quantize_mistakes,
+            _distillation_mistakes,
+        ),
         *(_deploy_mistakes, _prediction_mistakes, _gate_mistakes),
     )
     return [mistake for part in parts for mistake in part(recipe)]
+
+
+def _checkpoint_mistakes(recipe: Recipe) -> Iterator[Mistake]:
+    model = recipe.model
+    if model.checkpoint is None:
+        for field in sorted({"checkpoint_match", "checkpoint_partial"} & model.model_fields_set):
+            yield ("model", field), "has no effect without model.checkpoint: add one, or remove it"
+
+
+def _given_mistakes(recipe: Recipe) -> Iterator[Mistake]:
+    """A recipe that starts from an ONNX file has the deploy half alone."""
+    why = "model.source onnx has none"
+    for section in _NEEDS_NETWORK:
+        if getattr(recipe, section) is not None:
+            yield (section,), f"needs a torch network, and {why}: remove it, or start from the network itself"
+    if recipe.model.checkpoint is not None:
+        yield ("model", "checkpoint"), f"is loaded into a torch network, and {why}: remove it"
+    if "dense_branch" in recipe.model_fields_set:
+        yield ("dense_branch",), f"trains a dense twin of a torch network, and {why}: remove it"
+    for field in sorted({"opset", "int8_weights", "dynamic_batch"} & recipe.export.model_fields_set):
+        yield ("export", field), "has no effect on an ONNX file, which is taken as it is: remove it"
+    if recipe.data is not None and recipe.data.augment:
+        yield ("data", "augment"), f"is for training, and {why}: remove it"
+    for i, target in enumerate(recipe.deploy):
+        if target.flavour == "tensorrt":
+            yield ("deploy", i, "flavour"), "has no effect on an ONNX file, which is taken as it is: remove it"
+    if recipe.data is None:
+        yield from _undata_mistakes(recipe)
+    elif recipe.model.params.model_dump()["shapes"]:
+        yield ("model", "params", "shapes"), "has no effect beside a data section, which gives the shapes: remove it"
+
+
+def _undata_mistakes(recipe: Recipe) -> Iterator[Mistake]:
+    """What an ONNX file without data cannot have."""
+    if "task" in recipe.model_fields_set:
+        yield ("task",), "has no effect without a data section: add one, or remove it"
+    for i, target in enumerate(recipe.deploy):
+        if target.flavour == "onnxruntime":
+            text = "measures ranges on examples, and the recipe has no data: add a data section, or remove it"
+            yield ("deploy", i, "flavour"), text
+    for field in ("max_drop", "metric"):
+        if getattr(recipe.gates, field) is not None:
+            yield ("gates", field), "needs examples to measure a metric on: add a data section, or remove it"
 
 
 def _training_mistakes(recipe: Recipe) -> Iterator[Mistake]:
@@ -35,6 +99,33 @@ def _training_mistakes(recipe: Recipe) -> Iterator[Mistake]:
     for path, override in trained:
         if override and recipe.training is None and override.epochs is None and override.steps is None:
             yield path, "has no length: give epochs or steps here or under training"
+        if override:
+            for field, text in _unfit(recipe, path[0], recipe.training_for(override)):
+                yield _given_at(recipe, path, override, field), text
+
+
+def _unfit(recipe: Recipe, section: str, training: Training) -> Iterator[tuple[str, str]]:
+    """Fields of the training of one section that have no meaning there, each with what to do."""
+    method = recipe.train.method if section == "train" and recipe.train is not None else "static"
+    if not menu.entry("methods", method).CAN_END_EARLY:
+        for field in ("keep", "early_stop"):
+            if getattr(training, field) not in ("last", None):
+                yield field, f"has no meaning with train.method {method}, pruned as asked at its end only: leave it out"
+    for field in ("mixup", "cutmix"):
+        if getattr(training, field) is not None and not getattr(
+            menu.entry("tasks", recipe.task.name), "SOFT_TARGETS", False
+        ):
+            yield field, f"mixes labels, and task {recipe.task.name} knows no mixed ones: leave it out"
+    if training.compile and section == "quantize":
+        yield "compile", "nvidia-modelopt's quantizers do not compile: set quantize.qat.compile false"
+    distillation = recipe.distilled("fine_tune") if section == "nm" else None
+    if training.compile and distillation is not None and distillation.features:
+        yield "compile", "features of a compiled network cannot be read: set nm.fine_tune.compile false, or use logits"
+
+
+def _given_at(recipe: Recipe, path: tuple[str, str], override: TrainingOverride, field: str) -> tuple[str, ...]:
+    """Where a recipe gives a field of a stage's training: in the override, or in the defaults for all stages."""
+    return (*path, field) if field in override.model_fields_set or recipe.training is None else ("training", field)
 
 
 def _mask_mistakes(recipe: Recipe) -> Iterator[Mistake]:
@@ -96,6 +187,13 @@ def _nm_mistakes(recipe: Recipe) -> Iterator[Mistake]:
         yield ("nm", "via"), "has no effect without nm.fine_tune: add one, or remove it"
 
 
+def _quantize_mistakes(recipe: Recipe) -> Iterator[Mistake]:
+    data = recipe.quantize.calibration_data if recipe.quantize is not None else None
+    if data is not None and menu.entry("datasets", data.source).RUNS_USER_CODE:
+        text = f"{data.source} runs Python code, which calibration data may not: save the examples as .npz"
+        yield ("quantize", "calibration_data", "source"), text
+
+
 def _distillation_mistakes(recipe: Recipe) -> Iterator[Mistake]:
     distillation = recipe.distillation
     if distillation is None:
@@ -147,7 +245,7 @@ def _prediction_mistakes(recipe: Recipe) -> Iterator[Mistake]:
         yield ("prediction", "batch_sizes"), "names a size twice: each once"
     if limit is None:
         return
-    if recipe.nm is None:
+    if recipe.nm is None and recipe.model.source != "onnx":
         yield ("gates", "min_predicted_speedup"), "is about what 2:4 gains: add an nm section, or remove it"
     if not settings.gpus:
         yield ("prediction", "gpus"), "gates.min_predicted_speedup needs a GPU to predict: name one, such as a100"
@@ -162,7 +260,18 @@ def _gate_mistakes(recipe: Recipe) -> Iterator[Mistake]:
         yield ("gates", "max_drop"), "compares with the dense twin: set dense_branch true, or remove it"
     if gates.min_speedup is not None and not recipe.deploy:
         yield ("gates", "min_speedup"), "needs an engine that is timed: add a deploy section, or remove it"
-    metrics = menu.entry("tasks", recipe.task.name).create(recipe.task.params).metrics
-    if gates.metric is not None and gates.metric not in metrics:
-        hint = menu.did_you_mean(gates.metric, metrics)
-        yield ("gates", "metric"), f"{recipe.task.name} has no metric {gates.metric!r}{hint}"
+    if gates.metric is not None and not menu.entry("tasks", recipe.task.name).RUNS_USER_CODE:
+        yield from unknown_metric(recipe, menu.entry("tasks", recipe.task.name).create(recipe.task.params))
+
+
+def unknown_metric(recipe: Recipe, task: Task) -> Iterator[Mistake]:
+    """The metric that gates name, where the task does not always measure it."""
+    metric, name = recipe.gates.metric, recipe.task.name
+    if metric is None or metric in task.metrics:
+        return
+    if metric in getattr(task, "also_measured", {}):
+        text = f"{metric} is measured by the number of classes: ask for it in task.params (top_k, positive)"
+        yield ("gates", "metric"), text
+    else:
+        hint = menu.did_you_mean(metric, task.metrics)
+        yield ("gates", "metric"), f"{name} has no metric {metric!r}{hint}"

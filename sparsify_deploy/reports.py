@@ -92,6 +92,12 @@ class ModelReport:
 SAME_GRAPH = "same graph, dense weights"
 """The label of the final sparse file with its zeros replaced: a twin for latency, whose accuracy is unknown."""
 
+AS_GIVEN = "as given"
+"""The label of an ONNX file that a recipe starts from, as it is."""
+
+IN_FLOAT = "same graph without Q/DQ"
+"""The label of a quantised file that was given, computed in float."""
+
 
 @dataclass(frozen=True)
 class BenchmarkReport:
@@ -163,13 +169,14 @@ class LayerChain:
 
 @dataclass(frozen=True)
 class Shipped:
-    """The model that `deploy/` of the run directory holds; `value` is its metric, taken as `how` says."""
+    """The model that `deploy/` of the run directory holds; `value` is its metric by `how`, None: unknown."""
 
     model: str
     runtime: str
     files: tuple[str, ...]
-    value: float
+    value: float | None
     how: str
+    preprocessing: str = ""
 
 
 @dataclass(frozen=True)
@@ -316,15 +323,21 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Curve:
-    """The training loss of a step: (optimizer step, mean loss over the steps since the one before) pairs."""
+    """The training loss of a step: (optimizer step, mean loss over the steps since the one before) pairs.
+
+    `measured` are the same pairs for the `metric` on the validation split, where the training was measured there.
+    """
 
     step: str
     losses: tuple[tuple[int, float], ...]
+    metric: str = ""
+    measured: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything a run found out."""
+    """Everything a run found out. `metrics` are all of the task, with the direction of better; `metric` is the one that
+    gates and the verdict speak of."""
 
     recipe: str
     created: str
@@ -344,6 +357,7 @@ class RunReport:
     shipped: Shipped | None = None
     curves: tuple[Curve, ...] = ()
     predictions: tuple[Prediction, ...] = ()
+    metrics: dict[str, str] = field(default_factory=dict)
 
     def row(self, label: str) -> Row | None:
         """The row of that label."""

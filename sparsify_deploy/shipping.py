@@ -13,15 +13,14 @@ from pathlib import Path
 from sparsify_deploy import triton
 from sparsify_deploy.artifacts.digests import DigestCache
 from sparsify_deploy.artifacts.fingerprint import files_below
+from sparsify_deploy.package import FORMAT, NOTE
 from sparsify_deploy.pipeline import Outcome
 from sparsify_deploy.plan import Plan
 from sparsify_deploy.reports import RunReport, Shipped
 from sparsify_deploy.runtimes._metadata import metadata_path
-from sparsify_deploy.stages.benchmark import BenchmarkEngines
+from sparsify_deploy.stages.benchmark import FLOAT_FILE, BenchmarkEngines
 from sparsify_deploy.stages.build_engine import BuildEngine, engine_file
 from sparsify_deploy.types import Json
-
-NOTE = "deploy.json"
 
 
 @dataclass(frozen=True)
@@ -32,15 +31,18 @@ class Winner:
     runtime: str
     engine: Path
     onnx: Path
+    built: Outcome
+    """The step that built an engine for that runtime and proved the preprocessing with it."""
 
     def files(self) -> dict[str, Path]:
         """What goes into `deploy/`, by name. ONNX Runtime's engine is its ONNX file, which is there once."""
-        engine = {str(name): self.engine / name for name in files_below(self.engine)}
-        return {"model.onnx": self.onnx, **engine}
+        engine = {name: path for name, path in _below(self.engine).items() if path != self.onnx}
+        return {"model.onnx": self.onnx, **engine, **_preprocessing(self.built)}
 
-    def shipped(self, value: float, how: str) -> Shipped:
+    def shipped(self, value: float | None, how: str) -> Shipped:
         """The same as a report has it."""
-        return Shipped(self.label, self.runtime, tuple(sorted((*self.files(), NOTE))), value, how)
+        files = tuple(sorted((*self.files(), NOTE)))
+        return Shipped(self.label, self.runtime, files, value, how, preprocessed(self.built))
 
 
 def find(outcomes: Sequence[Outcome], label: str | None) -> Winner | None:
@@ -57,9 +59,42 @@ def find(outcomes: Sequence[Outcome], label: str | None) -> Winner | None:
     if variant.kind == "engine":
         made_from = source.step.inputs["onnx"]
         onnx = by_id[made_from.step].record.outputs[made_from.output]
-        return Winner(label, stage.runtime, source.record.outputs[ref.output], onnx)
+        return Winner(label, stage.runtime, source.record.outputs[ref.output], onnx, source)
     engine = race.record.outputs["raced"] / variant.folder
-    return Winner(label, stage.runtime, engine, source.record.outputs[ref.output])
+    onnx = engine / FLOAT_FILE if variant.kind == "float" else source.record.outputs[ref.output]
+    built = _built(outcomes, stage.runtime)
+    nearest = next((o for o in built if o.step.branch == source.step.branch), built[-1])
+    return Winner(label, stage.runtime, engine, onnx, nearest)
+
+
+def preprocessed(built: Outcome) -> str:
+    """What became of raw examples on their way through what is deployed, in words."""
+    facts = built.record.measured["preprocessing"]
+    if "own" in facts:
+        return str(facts["own"])
+    text = f"identical on {facts['examples']} raw test examples ({facts['kind']})"
+    if (parity := facts.get("parity")) is None:
+        return f"{text}, not run through an engine here"
+    share, count = parity["top1_agreement"], parity["examples"]
+    equal = f"{share * count:.0f} of {count} top-1 answers equal, " if share is not None else ""
+    return (
+        f"{text}; the {built.step.branch} branch's engine on them against ONNX Runtime through the data set: {equal}"
+        f"largest difference {parity['max_relative']:.1e} of the largest output"
+    )
+
+
+def _built(outcomes: Sequence[Outcome], runtime: str) -> list[Outcome]:
+    """The steps that built an engine for a runtime."""
+    return [o for o in outcomes if isinstance(o.step.stage, BuildEngine) and o.step.stage.runtime == runtime]
+
+
+def _preprocessing(built: Outcome) -> dict[str, Path]:
+    """What says how raw examples become inputs, by name; empty where that is the user's own."""
+    return _below(built.record.outputs["preprocessing"])
+
+
+def _below(folder: Path) -> dict[str, Path]:
+    return {str(name): folder / name for name in files_below(folder)}
 
 
 def publish(folder: Path, report: RunReport, outcomes: Sequence[Outcome], digests: DigestCache) -> None:
@@ -75,7 +110,7 @@ def publish(folder: Path, report: RunReport, outcomes: Sequence[Outcome], digest
     assert winner is not None
     sources = winner.files()
     hashes = {name: digests.digest(path) for name, path in sorted(sources.items())}
-    text = json.dumps(_note(report, report.shipped, hashes), indent=1, sort_keys=True) + "\n"
+    text = json.dumps(_note(report, winner, hashes), indent=1, sort_keys=True) + "\n"
     if _is_there(target, hashes, text, digests):
         return
     partial = target.with_name("deploy.partial")
@@ -88,14 +123,21 @@ def publish(folder: Path, report: RunReport, outcomes: Sequence[Outcome], digest
     partial.rename(target)
 
 
-def _note(report: RunReport, shipped: Shipped, hashes: Mapping[str, str]) -> Json:
+def _note(report: RunReport, winner: Winner, hashes: Mapping[str, str]) -> Json:
+    """What `predict` and a reader need to know of the folder."""
+    shipped, stage = report.shipped, winner.built.step.stage
+    assert shipped is not None
+    assert isinstance(stage, BuildEngine)
     races = report.benchmarks[0].races
     taken = [race.latencies[shipped.model] for race in races]
     return {
-        "format": 1,
+        "format": FORMAT,
         "recipe": report.recipe,
         "model": shipped.model,
         "runtime": shipped.runtime,
+        "engine": engine_file(winner.engine, winner.runtime).name,
+        "task": {"name": stage.subject.task.name, "output": getattr(stage.subject.task.params, "output", None)},
+        "preprocessing": shipped.preprocessing,
         "why": report.verdict,
         "accuracy": {"metric": report.metric, "value": shipped.value, "how": shipped.how},
         "latency": [
@@ -137,6 +179,7 @@ class _Served:
     engine: Path
     onnx: Path
     why: str
+    preprocessing: Mapping[str, Path]
 
 
 def _to_serve(runtime: str, report: RunReport, outcomes: Sequence[Outcome]) -> _Served | None:
@@ -147,8 +190,8 @@ def _to_serve(runtime: str, report: RunReport, outcomes: Sequence[Outcome]) -> _
         winner = find(outcomes, shipped.model)
         assert winner is not None
         why = f"{shipped.model}: the model that the verdict ships."
-        return _Served(engine_file(winner.engine, runtime), winner.onnx, why)
-    built = [o for o in outcomes if isinstance(o.step.stage, BuildEngine) and o.step.stage.runtime == runtime]
+        return _Served(engine_file(winner.engine, runtime), winner.onnx, why, _preprocessing(winner.built))
+    built = _built(outcomes, runtime)
     if not built:
         return None
     final = next((o for o in built if o.step.branch == "sparse"), built[-1])
@@ -156,7 +199,7 @@ def _to_serve(runtime: str, report: RunReport, outcomes: Sequence[Outcome]) -> _
     what = f"ships {shipped.model} for {shipped.runtime}" if shipped is not None else "recommends no model"
     why = f"The final model of the {final.step.branch} branch; the verdict {what}."
     onnx = by_id[ref.step].record.outputs[ref.output]
-    return _Served(engine_file(final.record.outputs["engine"], runtime), onnx, why)
+    return _Served(engine_file(final.record.outputs["engine"], runtime), onnx, why, _preprocessing(final))
 
 
 def _serve_one(target: Path, chosen: _Served, plan: Plan, digests: DigestCache) -> None:
@@ -166,15 +209,25 @@ def _serve_one(target: Path, chosen: _Served, plan: Plan, digests: DigestCache) 
     files = triton.served_files(chosen.engine, record)
     parts: dict[str, Json] = {"format": triton.FORMAT, "name": target.name, "why": chosen.why, "largest": largest}
     parts["onnx"] = digests.digest(chosen.onnx)
-    parts |= {file: digests.digest(path) for file, path in files.items()}
+    beside = {f"../{name}": path for name, path in chosen.preprocessing.items()}
+    parts |= {file: digests.digest(path) for file, path in {**files, **beside}.items()}
     made_from = f"made from {hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"
     same = triton.is_made_from(target, made_from) and all(
-        (target / "1" / file).is_file() and digests.digest(target / "1" / file) == parts[file] for file in files
+        (target / "1" / file).is_file() and digests.digest(target / "1" / file) == parts[file]
+        for file in (*files, *beside)
     )
     if same:
         return
     classes = plan.subject.examples.classes or ()
-    model = triton.described(chosen.engine, record, chosen.onnx, why=chosen.why, labels=classes, largest_batch=largest)
+    model = triton.described(
+        chosen.engine,
+        record,
+        chosen.onnx,
+        why=chosen.why,
+        labels=classes,
+        largest_batch=largest,
+        preprocessing=chosen.preprocessing,
+    )
     triton.write(target.parent, target.name, model, made_from=made_from)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from sparsify_deploy import menu
 from sparsify_deploy.errors import MissingExtra, RecipeError, UsageError
+from sparsify_deploy.stages.given import Given
 from sparsify_deploy.stages.project_nm import LayerForecast, forecast_layers
 from sparsify_deploy.types import Json
 from sparsify_deploy.workspace import open_run
@@ -46,12 +47,15 @@ class _Source:
     params: Mapping[str, Json]
 
 
-def start(model: str, data: str, output: Path, *, checkpoint: Path | None, trust_code: bool, force: bool) -> Start:
+def start(
+    model: str, data: str | None, output: Path, *, checkpoint: Path | None, trust_code: bool, force: bool
+) -> Start:
     """Write a recipe for `model` (`timm:resnet50`, `file:net.py:build`) on `data` (`folder:/data`, `digits`).
 
-    Opens the data and builds the network to choose classes, batch, learning rates and epochs. Raises UsageError for a
-    text that names no source, for a file that exists unless `force`, and where Python files would run without
-    `trust_code`; what is wrong with network or data as `run` would.
+    A model `onnx:FILE` is taken as it is, and may come without data. Opens the data and builds the network to choose
+    classes, batch, learning rates and epochs. Raises UsageError for a text that names no source, for a file that exists
+    unless `force`, and where Python files would run without `trust_code`; what is wrong with network or data as `run`
+    would.
     """
     if output.is_dir():
         raise UsageError(f"-o {output}: is a folder; name the recipe in it, such as {output / 'recipe.yaml'}")
@@ -59,7 +63,15 @@ def start(model: str, data: str, output: Path, *, checkpoint: Path | None, trust
         raise UsageError(f"-o {output}: exists already; name another file, or add --force")
     if not output.absolute().parent.is_dir():
         raise UsageError(f"-o {output}: the folder {output.absolute().parent} does not exist")
-    network, examples = _parsed("model", "models", model, output), _parsed("data", "datasets", data, output)
+    network = _parsed("model", "models", model, output)
+    if network.source == "onnx":
+        if checkpoint is not None:
+            raise UsageError("--checkpoint: is loaded into a torch network, and an ONNX file has none: leave it out")
+        given = _parsed("data", "datasets", data, output) if data is not None else None
+        return _start_given(network, given, output, trust_code)
+    if data is None:
+        raise UsageError(f"--data: is needed for --model {model}; only an ONNX file can do without")
+    examples = _with_tokenizer(_parsed("data", "datasets", data, output), network)
     weights = _beside(checkpoint, output) if checkpoint is not None else None
     subject = _opened(_text(output, network, examples, weights, _Chosen()), output, trust_code)
     found = subject.examples
@@ -71,11 +83,62 @@ def start(model: str, data: str, output: Path, *, checkpoint: Path | None, trust
     layers = forecast_layers(subject, None)
     text = _text(output, network, examples, weights, _Chosen(size, layers, normed))
     _opened(text, output, trust_code)
+    _written(output, text)
+    entries = menu.entry("models", network.source), menu.entry("datasets", examples.source)
+    return Start(output, layers, size, any(entry.RUNS_USER_CODE for entry in entries))
+
+
+def _written(output: Path, text: str) -> None:
     partial = output.with_name(output.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, output)
-    entries = menu.entry("models", network.source), menu.entry("datasets", examples.source)
-    return Start(output, layers, size, any(entry.RUNS_USER_CODE for entry in entries))
+
+
+def _start_given(network: _Source, data: _Source | None, output: Path, trust_code: bool) -> Start:
+    """A recipe for the deploy half alone, after a look into the file and the data."""
+    from sparsify_deploy.graph import file
+    from sparsify_deploy.graph.layers import weight_layers
+    from sparsify_deploy.layer_verdict import file_part
+
+    subject = _opened(_given_text(output, network, data, "", (1,)), output, trust_code)
+    assert isinstance(subject, Given)
+    found = file_part(weight_layers(file.load(subject.path)))
+    layers = tuple(LayerForecast(row.name, row.shape, row.usable, row.reason) for row in found)
+    subject.test_arrays(1)
+    held = sum(row.usable for row in found)
+    precisions = " and ".join(sorted({row.precision for row in found})) or "no"
+    about = f"# {precisions} weights; {held} of {len(found)} layers hold 2:4."
+    sizes = (subject.fixed_batch,) if subject.fixed_batch is not None else (1, 32)
+    _written(output, _given_text(output, network, data, about, sizes))
+    size = len(subject.examples.split("train")) if data is not None else 0
+    return Start(output, layers, size, data is not None and menu.entry("datasets", data.source).RUNS_USER_CODE)
+
+
+def _given_text(output: Path, network: _Source, data: _Source | None, about: str, sizes: Sequence[int]) -> str:
+    lines = [
+        "# An ONNX file as it is: built, raced against variants of itself, judged. Nothing is trained.",
+        "#",
+        f"#     sparsify-deploy plan {output.name}    what would run, the gain of 2:4 to expect; runs nothing",
+        f"#     sparsify-deploy run {output.name}",
+        "version: 1",
+        "",
+        *([about] if about else []),
+        "model:",
+        "  source: onnx",
+        f"  params: {_flow(network.params)}",
+        "",
+        *(["data:", f"  source: {data.source}"] if data else ["# No data: inputs are drawn and no accuracy is known."]),
+        *([f"  params: {_flow(data.params)}"] if data and data.params else []),
+        "",
+        "deploy:",
+        *(f"  - runtime: {name}" for name in _runtimes()),
+        "",
+        f"benchmark: {{batch_sizes: {list(sizes)}}}",
+    ]
+    if data:
+        gate = "  max_drop: 0.01  # of the first metric, the engine against the file in ONNX Runtime"
+        lines += ["", "gates:", gate]
+    return "\n".join(lines) + "\n"
 
 
 def _parsed(option: str, kind: str, text: str, output: Path) -> _Source:
@@ -90,21 +153,36 @@ def _parsed(option: str, kind: str, text: str, output: Path) -> _Source:
         if needed:
             raise UsageError(f"--{option} {text}: {source} needs a {needed[0]}, as in {source}:{needed[0].upper()}")
         return _Source(source, {})
-    if "path" not in fields:
+    if "path" not in fields or _of_a_hub(kind, rest, fields):
         return _Source(source, {"name": rest})
     path, _, made = rest.partition(":")
     given: dict[str, Json] = {"path": _beside(Path(path), output)}
     if made:
-        if "object" not in fields:
+        names = [name for name in ("object", "name") if name in fields]
+        taken = next((name for name in names if name == "object" or fields[name].is_required()), None)
+        if taken is None:
             raise UsageError(f"--{option} {text}: {source} takes a path and nothing after it")
-        given["object"] = made
+        given[taken] = made
     return _Source(source, given)
+
+
+def _of_a_hub(kind: str, text: str, fields: Collection[str]) -> bool:
+    """Whether a text is a name rather than a folder, for a source of networks that takes either."""
+    return kind == "models" and "name" in fields and not text.startswith((".", "/", "~")) and not Path(text).exists()
 
 
 def _beside(path: Path, output: Path) -> str:
     """A path as a recipe in `output`'s folder has to give it."""
     expanded = path.expanduser()
     return str(expanded) if expanded.is_absolute() else os.path.relpath(expanded, output.absolute().parent)
+
+
+def _with_tokenizer(data: _Source, network: _Source) -> _Source:
+    """Texts need a tokenizer; a network's own folder commonly has it."""
+    fields = menu.entry("datasets", data.source).Params.model_fields
+    if "tokenizer" in fields and "tokenizer" not in data.params and "path" in network.params:
+        return _Source(data.source, {**data.params, "tokenizer": network.params["path"]})
+    return data
 
 
 def _fitting(network: _Source, subject: Subject) -> dict[str, Json]:
@@ -126,6 +204,11 @@ def _fitting(network: _Source, subject: Subject) -> dict[str, Json]:
         found["in_channels"] = shape[0]
     if network.params.get("name", "").startswith("lenet") and len(shape) == 3:
         found["image_size"] = shape[1]
+    if "task" in fields:
+        found["task"] = "image_classification" if len(shape) == 3 else "sequence_classification"
+        found["pretrained"] = True
+        if tuple(examples.inputs) != fields["inputs"].default and len(shape) != 3:
+            found["inputs"] = list(examples.inputs)
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +19,8 @@ from sparsify_deploy.pipeline import Outcome
 from sparsify_deploy.plan import Plan
 from sparsify_deploy.prediction.roofline import Layer
 from sparsify_deploy.reports import (
+    AS_GIVEN,
+    IN_FLOAT,
     SAME_GRAPH,
     BenchmarkReport,
     Curve,
@@ -42,6 +44,8 @@ from sparsify_deploy.stages.benchmark import BenchmarkEngines
 from sparsify_deploy.stages.build_engine import BuildEngine, engine_file
 from sparsify_deploy.stages.export_onnx import ExportOnnx
 from sparsify_deploy.stages.flavours import ExportFlavour
+from sparsify_deploy.stages.import_onnx import GivenFlavour, ImportOnnx
+from sparsify_deploy.stages.import_onnx import notes as import_notes
 from sparsify_deploy.stages.sensitivity import Sensitivity
 from sparsify_deploy.types import Json
 from sparsify_deploy.verdict import Evidence, choice, gates, value_of, verdict
@@ -61,7 +65,10 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], until: str | None) -> Run
     metric, direction = _metric(plan, limits.metric)
     dense = [row for row in rows if row.step.startswith("dense/")]
     sparse = [row for row in rows if row.step.startswith("sparse/")]
-    chains = _chains(by_id, rows, "sparse" if sparse else "dense")
+    given = next((row for row in rows if row.step.startswith("given/")), None)
+    if given is not None and any(layer.usable for layer in given.model.layers):
+        sparse = [given]
+    chains = _chains(by_id, rows, "given" if given is not None else "sparse" if sparse else "dense")
     evidence = Evidence(
         metric=metric,
         direction=direction,
@@ -72,6 +79,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], until: str | None) -> Run
         benchmarks=benchmarks,
         collapsed=tuple(name for outcome in outcomes for name in _collapsed(outcome.record.measured)),
         chain=next((c for c in chains if benchmarks and c.runtime == benchmarks[0].runtime), None),
+        given=given,
     )
     winner = shipping.find(outcomes, choice(evidence, limits.max_drop))
     return RunReport(
@@ -80,6 +88,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], until: str | None) -> Run
         machine=machine(),
         metric=metric,
         direction=direction,
+        metrics=_directions(plan),
         rows=rows,
         engines=engines,
         benchmarks=benchmarks,
@@ -113,8 +122,9 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], until: str | None) -> Run
 
 
 def _curves(outcome: Outcome) -> list[Curve]:
-    losses = (outcome.record.measured.get("history") or {}).get("losses", ())
-    return [Curve(outcome.step.id, tuple((step, loss) for step, loss in losses))] if losses else []
+    history = outcome.record.measured.get("history") or {}
+    losses, measured = (tuple((step, value) for step, value in history.get(name, ())) for name in ("losses", "curve"))
+    return [Curve(outcome.step.id, losses, history.get("metric", ""), measured)] if losses else []
 
 
 def _predictions(
@@ -134,8 +144,8 @@ def _predictions(
 
 
 def _file_layers(by_id: Mapping[str, Outcome]) -> tuple[Layer, ...] | None:
-    """The layers of the sparse branch's exported file, as predictions take them."""
-    exported = by_id.get("sparse/export_onnx")
+    """The layers of the sparse branch's exported file, or of the one given, as predictions take them."""
+    exported = by_id.get("sparse/export_onnx") or by_id.get("given/import_onnx")
     return predictions.restored(exported.record.measured) if exported is not None else None
 
 
@@ -151,6 +161,14 @@ def _metric(plan: Plan, asked: str | None) -> tuple[str, Literal["higher", "lowe
     metrics = plan.subject.opened_task.metrics
     name = asked or next(iter(metrics))
     return name, metrics[name]
+
+
+def _directions(plan: Plan) -> dict[str, str]:
+    """Every metric of the task with the direction of better."""
+    if not plan.subject.measured:
+        return {}
+    task = plan.subject.opened_task
+    return {**task.metrics, **getattr(task, "also_measured", {})}
 
 
 def _row(by_id: Mapping[str, Outcome], identifier: str) -> Row:
@@ -183,8 +201,9 @@ def _chains(by_id: Mapping[str, Outcome], rows: Sequence[Row], branch: str) -> t
             variants = race.step.stage.variants
             label = next(v.label for v in variants if v.source == f"{branch}_engine")
             others = [v.label for v in variants if v.label == SAME_GRAPH or v.source == "dense_engine"]
-            twin = next((other for other in others if other != label), "")
             timed = load(BenchmarkReport, race.record.outputs["benchmark"])
+            raced = {*(other for one in timed.races for other in one.labels)} or {*others}
+            twin = next((other for other in others if other != label and other in raced), "")
             known = replace(
                 known,
                 dense=timed.profiles.get(twin),
@@ -252,7 +271,7 @@ def _published(outcome: Outcome) -> Path:
 def _notes(outcome: Outcome) -> list[str]:
     """What a reader must know of a step besides its numbers: what was left out, and why."""
     facts, name = outcome.record.measured, outcome.step.id
-    notes = []
+    notes = import_notes(name, facts) if isinstance(outcome.step.stage, ImportOnnx) else []
     collapsed = _collapsed(facts)
     if collapsed:
         notes.append(f"{name}: layer collapse, no weight is left in {', '.join(collapsed)}")
@@ -277,6 +296,7 @@ def _notes(outcome: Outcome) -> list[str]:
             f"{between['max_relative']:.1e} of its largest output"
         )
     notes += [f"{name}: {layer} runs in float: {why}" for layer, why in facts.get("float_layers", {}).items()]
+    notes += [f"{name}: {note}" for note in facts.get("calibration_notes", ())]
     own = (facts.get("history") or {}).get("notes", ())
     notes += [f"{name}: {note}" for note in own if not _repeats(note, collapsed)]
     layers: Sequence[Mapping[str, Json]] = facts.get("layers", ())
@@ -318,6 +338,8 @@ def _race_notes(benchmarks: Sequence[BenchmarkReport], engines: Sequence[EngineR
         notes += [
             f"benchmark/{benchmark.runtime}: {label} not raced: {why}" for label, why in benchmark.left_out.items()
         ]
+        flavour = next((e.flavour for e in engines if e.runtime == benchmark.runtime), "")
+        notes += _given_race_notes(benchmark, flavour)
         for race in benchmark.races:
             for label in race.labels[1:]:
                 if (
@@ -334,6 +356,21 @@ def _race_notes(benchmarks: Sequence[BenchmarkReport], engines: Sequence[EngineR
                     f"{race.batch_size} ({found.median:.2f}x)"
                 )
     return notes
+
+
+def _given_race_notes(benchmark: BenchmarkReport, flavour: str) -> Iterator[str]:
+    """Where a file that was given is slower than its own graph in float, and what may be done."""
+    for race in benchmark.races:
+        if not {AS_GIVEN, IN_FLOAT} <= {*race.labels}:
+            continue
+        found = race.compare(AS_GIVEN, IN_FLOAT)
+        if found.claim != "slower":
+            continue
+        text = f"benchmark/{benchmark.runtime}: the file {AS_GIVEN} is {found.median:.2f}x of the {IN_FLOAT} at batch "
+        text += f"{race.batch_size}, slower"
+        if benchmark.runtime == "onnxruntime" and flavour == AS_GIVEN:
+            text += ": its Q/DQ may be placed for TensorRT; flavour onnxruntime on this target places them anew"
+        yield text
 
 
 def publish(
@@ -399,9 +436,9 @@ def _write_reports(folder: Path, report: RunReport) -> None:
 def _copy(folder: Path, outcome: Outcome, digests: DigestCache) -> Path | None:
     """Put what a step made for the user into the run directory; returns where, None for a step that made nothing."""
     stage, onnx = outcome.step.stage, folder / "onnx" / outcome.step.branch
-    if isinstance(stage, ExportOnnx):
+    if isinstance(stage, (ExportOnnx, ImportOnnx)):
         return _copy_onnx(outcome, onnx / "model.onnx", digests)
-    if isinstance(stage, ExportFlavour):
+    if isinstance(stage, (ExportFlavour, GivenFlavour)):
         return _copy_onnx(outcome, onnx / "model.onnxruntime.onnx", digests)
     if isinstance(stage, BuildEngine):
         target = (folder / _published(outcome)).parent

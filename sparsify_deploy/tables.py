@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sparsify_deploy.layer_verdict import NAMES
@@ -16,6 +16,7 @@ from sparsify_deploy.reports import (
     Score,
     SensitivityReport,
 )
+from sparsify_deploy.runtimes._tensors import RANDOM_INPUTS
 from sparsify_deploy.timing import Race
 from sparsify_deploy.types import EngineProfile
 from sparsify_deploy.verdict import SPARSE_KERNELS
@@ -36,6 +37,7 @@ def tables(report: RunReport) -> tuple[Table, ...]:
     measured = (sensitivity(report.sensitivity),) if report.sensitivity is not None else ()
     found = (
         waterfall(report),
+        all_metrics(report),
         *levels(report),
         engines(report),
         *races(report.benchmarks),
@@ -82,6 +84,8 @@ def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str
 
 def waterfall(report: RunReport) -> Table:
     """One row a model: accuracy, sparsity, size, latency, training cost."""
+    if report.rows and report.rows[0].step.startswith("given/"):
+        return _given(report, report.rows[0])
     race = report.benchmarks[0].races[0] if report.benchmarks and report.benchmarks[0].races else None
     start = race.labels[0] if race is not None else "dense FP32"
     runtime = report.rows[0].model.runtime if report.rows else None
@@ -113,17 +117,90 @@ def waterfall(report: RunReport) -> Table:
     )
 
 
+def _given(report: RunReport, row: Row) -> Table:
+    """A file that was not made here, as it is, and its variants of known accuracy."""
+    race = report.benchmarks[0].races[0] if report.benchmarks and report.benchmarks[0].races else None
+    start = race.labels[0] if race is not None else row.label
+    model = row.model
+    own = next((engine.metrics for engine in report.engines if engine.metrics), None)
+    shown = f"{own[report.metric]:.4f}" if own else "-"
+    columns = ["model", f"{report.metric} in ONNX Runtime", "of the engine"]
+    columns += ["sparsity measured/usable", "ONNX", "weights"]
+    cells = [
+        f"{row.label} ({model.precision})",
+        _metric(model.metrics, report.metric),
+        shown,
+        f"{model.sparsity:.1%} / {model.usable_sparsity:.1%}",
+        kib(model.onnx_bytes),
+        kib(model.bytes_compressed),
+    ]
+    rows = [cells]
+    raced = report.benchmarks[0].metrics if report.benchmarks else {}
+    rows += [[label, "-", _metric(metrics, report.metric), "-", "-", "-"] for label, metrics in raced.items()]
+    if race is not None:
+        columns += ["p50 / p90 / p99 ms", f"speed-up over {start}"]
+        for label, line in zip((row.label, *raced), rows, strict=True):
+            line += [_percentiles(race, label), _over(race, label, start)]
+    how = "Sparsity: zeros in the ONNX file / what 2:4 hardware can skip. ONNX: bytes on disk. Weights: computed at "
+    how += "the layer's precision, 2:4 layers compressed with metadata. "
+    if model.metrics:
+        how += f"{report.metric}: all {model.examples} test examples; what the network was before is not known. "
+    else:
+        how += f"{report.metric}: not measured, the recipe has no data; inputs are drawn: {RANDOM_INPUTS}. "
+    if race is not None:
+        how += (
+            f"Latency: {report.benchmarks[0].runtime}, batch {race.batch_size}, wall time, all interleaved. "
+            f"Speed-up: the same rounds, {race.clock}, median with 95 % interval, over {start}. "
+        )
+    return Table("The file as given", tuple(columns), tuple(map(tuple, rows)), how.strip())
+
+
+def all_metrics(report: RunReport) -> Table:
+    """Every metric of every model, where there is more than the one the other tables show; else no rows."""
+    known = {name for row in report.rows for name in row.model.metrics} - {"loss"}
+    measured = sorted(
+        (name for name in report.metrics if name in known), key=lambda name: (name != report.metric, name)
+    )
+    given = bool(report.rows) and report.rows[0].step.startswith("given/")
+    rows = tuple(
+        (row.label, *(_metric(row.model.metrics, name) for name in (*measured, "loss")))
+        for row in report.rows
+        if len(measured) > 1
+    )
+    heads = (f"{name} ({report.metrics[name]} is better)" for name in measured)
+    return Table(
+        "All metrics",
+        ("model", *heads, "loss (lower is better)"),
+        rows,
+        f"{'ONNX Runtime' if given else 'Torch'}, all test examples; loss without what shapes training alone.",
+    )
+
+
+def _metric(metrics: Mapping[str, float], name: str) -> str:
+    return f"{metrics[name]:.4f}" if name in metrics else "-"
+
+
+def _over(race: Race, label: str, start: str) -> str:
+    """The speed-up of one label in a race, with its interval."""
+    if label == start:
+        return "1"
+    if label not in race.labels or start not in race.labels:
+        return "-"
+    found = race.compare(label, start)
+    noise = " (noise)" if found.claim == "within the noise" else ""
+    return f"{found.median:.2f}x [{found.low:.2f}, {found.high:.2f}]{noise}"
+
+
+def _percentiles(race: Race, label: str) -> str:
+    if label not in race.labels:
+        return "-"
+    first = race.latencies[label]
+    return f"{first.p50_ms:.3f} / {first.p90_ms:.3f} / {first.p99_ms:.3f}"
+
+
 def _waterfall_row(report: RunReport, row: Row, race: Race | None, start: str) -> tuple[str, ...]:
     model = row.model
     asked = f"{100 * model.sparsity_asked:.4g}%" if model.sparsity_asked is not None else "-"
-    speed = "-"
-    if race is not None and row.label == start:
-        speed = "1"
-    elif race is not None and start in race.labels and row.label in race.labels:
-        found = race.compare(row.label, start)
-        speed = f"{found.median:.2f}x [{found.low:.2f}, {found.high:.2f}]" + (
-            " (noise)" if found.claim == "within the noise" else ""
-        )
     return (
         row.label,
         f"{model.metrics[report.metric]:.4f}",
@@ -131,7 +208,7 @@ def _waterfall_row(report: RunReport, row: Row, race: Race | None, start: str) -
         kib(model.onnx_bytes),
         kib(model.bytes_compressed),
         _latency(row, race),
-        speed,
+        _over(race, row.label, start) if race is not None else "-",
         str(row.optimizer_steps) if row.optimizer_steps is not None else "-",
         f"{row.flops:.2f}x" if row.flops is not None else "-",
         f"{row.train_s:.1f}" if row.train_s is not None else "-",
@@ -141,11 +218,10 @@ def _waterfall_row(report: RunReport, row: Row, race: Race | None, start: str) -
 def _latency(row: Row, race: Race | None) -> str:
     """From the race where the model took part, else as it was timed after its stage."""
     if race is not None and row.label in race.labels:
-        first = race.latencies[row.label]
-    elif row.model.latency:
-        first = row.model.latency[0]
-    else:
+        return _percentiles(race, row.label)
+    if not row.model.latency:
         return "-"
+    first = row.model.latency[0]
     return f"{first.p50_ms:.3f} / {first.p90_ms:.3f} / {first.p99_ms:.3f}"
 
 
@@ -204,7 +280,9 @@ def engines(report: RunReport) -> Table:
 def _deploy(report: RunReport) -> str:
     if report.shipped is None:
         return "there is no deploy/, for the verdict recommends no model."
-    return f"deploy/ holds what the verdict ships: {report.shipped.model} for {report.shipped.runtime}."
+    shipped = report.shipped
+    text = f"deploy/ holds what the verdict ships: {shipped.model} for {shipped.runtime}."
+    return f"{text} Preprocessing: {shipped.preprocessing}." if shipped.preprocessing else text
 
 
 def races(benchmarks: Sequence[BenchmarkReport]) -> tuple[Table, ...]:

@@ -1,4 +1,6 @@
-"""A Triton model repository for one engine: `NAME/config.pbtxt`, `NAME/1/` and labels.
+"""A Triton model repository for one engine: `NAME/config.pbtxt`, `NAME/1/`, labels, and how inputs are made.
+
+Clients make the inputs: `preprocessing.json` beside the configuration says how, and so does its parameter of that name.
 
 Names, types and shapes are those of the ONNX file that the engine was built from. Nothing here was served: the
 configuration is written by Triton's documented rules and validated against its protobuf schema.
@@ -7,14 +9,16 @@ References: Triton's user guide on model configuration; the OpenVINO backend's R
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sparsify_deploy.errors import ModelError, UsageError
+from sparsify_deploy.preprocessing import spec
 from sparsify_deploy.types import IOTensor, Json
 
 SERVED = {"tensorrt": "model.plan", "onnxruntime": "model.onnx", "openvino": "model.xml"}
@@ -22,7 +26,7 @@ SERVED = {"tensorrt": "model.plan", "onnxruntime": "model.onnx", "openvino": "mo
 
 CONFIG = "config.pbtxt"
 LABELS = "labels.txt"
-FORMAT = 1
+FORMAT = 2
 """Raised when the same engine would get another configuration."""
 
 LARGEST_BATCH = 32
@@ -75,7 +79,8 @@ class Model:
 
     `files` are its own by their name in the repository.
     `inputs` and `outputs` are the ONNX file's. `largest_batch` is what its builder was told, or a choice. `why` says in
-    one line which model this is; `labels` are class names by index.
+    one line which model this is; `labels` are class names by index. `preprocessing` are files, by name, that say how a
+    raw example becomes the inputs. `axis_sizes` is input to free axis, as text, to its least, typical and largest size.
     """
 
     engine: Path
@@ -88,6 +93,8 @@ class Model:
     largest_batch: int
     why: str
     labels: tuple[str, ...] = ()
+    preprocessing: Mapping[str, Path] = field(default_factory=dict)
+    axis_sizes: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
 
     @property
     def dynamic(self) -> bool:
@@ -123,6 +130,7 @@ def described(
     why: str,
     labels: Sequence[str] = (),
     largest_batch: int = LARGEST_BATCH,
+    preprocessing: Mapping[str, Path] | None = None,
 ) -> Model:
     """The engine with what its record and its ONNX file say of it. Raises UsageError where Triton cannot serve it."""
     from sparsify_deploy.graph import file
@@ -141,6 +149,8 @@ def described(
         largest_batch=record["params"].get("max_batch", largest_batch),
         why=why,
         labels=tuple(labels),
+        preprocessing=preprocessing or {},
+        axis_sizes=record.get("facts", {}).get("axis_sizes", {}),
     )
 
 
@@ -154,6 +164,8 @@ def write(folder: Path, name: str, model: Model, *, made_from: str = "") -> Path
     (partial / "1").mkdir(parents=True)
     for file, source in model.files.items():
         shutil.copyfile(source, partial / "1" / file)
+    for file, source in model.preprocessing.items():
+        shutil.copyfile(source, partial / file)
     if _labelled(model):
         lines = "".join(" ".join(label.split()) + "\n" for label in model.labels)
         (partial / LABELS).write_text(lines, encoding="utf-8")
@@ -246,6 +258,10 @@ def _lines(name: str, model: Model) -> Iterator[str]:
         yield "dynamic_batching { }"
     if model.runtime == "openvino" and model.params.get("precision") == "bf16":
         yield 'parameters { key: "HINT_BF16" value { string_value: "YES" } }'
+    if spec.FILE in model.preprocessing:
+        made = json.dumps(spec.read(model.preprocessing[spec.FILE]).to_json(), sort_keys=True, separators=(",", ":"))
+        yield from _comment(f"How a raw example becomes the inputs, which a client does; {spec.FILE} holds the same.")
+        yield f'parameters {{ key: "preprocessing" value {{ string_value: {_quoted(made)} }} }}'
     yield from _warm_ups(model)
 
 
@@ -297,14 +313,19 @@ def _labelled(model: Model) -> set[str]:
 
 
 def _warm_ups(model: Model) -> Iterator[str]:
-    """One request of a single example and one of the largest batch; zeros for integers, which may be indices."""
+    """One request of a single example and one of the largest batch; zeros for integers, which may be indices.
+
+    Free axes have their typical size, which an engine's optimization profile holds, or 1 where that is not known.
+    """
     sizes = dict.fromkeys((1, model.largest_batch)) if model.dynamic else {1: None}
     for size in sizes:
         yield "model_warmup {"
         yield f"  name: {_quoted(f'batch {size}' if model.dynamic else 'one request')}"
         yield f"  batch_size: {size if model.batched else 1}"
         for tensor in model.inputs:
-            dims = list(_dims(tensor, model))
+            typical = model.axis_sizes.get(tensor.name, {})
+            whole = [typical[str(i)][1] if str(i) in typical else axis for i, axis in enumerate(tensor.shape)]
+            dims = list(_dims(replace(tensor, shape=tuple(whole)), model))
             if model.dynamic and not model.batched:
                 dims[0] = size
             shape = ", ".join(str(1 if axis == -1 else axis) for axis in dims or (1,))

@@ -31,6 +31,10 @@ Facts: TypeAlias = Mapping[str, Json]
 
 Direction: TypeAlias = Literal["higher", "lower"]
 
+SOFT_TARGET = "soft_target"
+"""The field of a training batch that holds, where labels were mixed, each class's share `(N, classes)`; `target` keeps
+the labels of the unmixed examples. A task whose loss reads it says so by `SOFT_TARGETS = True` in its module."""
+
 
 class Progress(Protocol):
     """Where long work tells how far it is. Calls are cheap; the receiver throttles."""
@@ -76,8 +80,25 @@ class Split(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class AxisSizes:
+    """The sizes of an axis that differs between batches: the least, the typical one that is timed, the largest."""
+
+    least: int
+    typical: int
+    largest: int
+
+
 class DataSet(Protocol):
-    """Named splits of examples with named fields."""
+    """Named splits of examples with named fields.
+
+    It may also have `notes`, lines a reader of a report must know; `preprocessing`, how a raw example becomes the
+    inputs (a spec of `preprocessing.spec`), with `raw`, a few examples of the test split in that form by index, and
+    `preprocessing_files`, what the spec needs beside it by name; `dynamic_axes`, the axes besides the batch whose size
+    differs between batches, as field -> axis -> name; and `axis_sizes`, name -> `AxisSizes`, which exported files carry
+    for builders, timing and predictions.
+    `splits` names its splits; a data set without it has `train` and `test`.
+    """
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -89,13 +110,21 @@ class DataSet(Protocol):
         """Class names by label, or None where there are none."""
         ...
 
-    def split(self, name: Literal["train", "test"]) -> Split:
-        """`train` for training, calibration and scoring; `test` for every number in a report."""
+    def split(self, name: Literal["train", "test", "validation"]) -> Split:
+        """`train` for training, calibration and scoring; `test` for every number in a report.
+
+        `validation` for choosing, such as when to stop; where there is none, DataError that says how to get one.
+        """
         ...
 
 
 class Task(Protocol):
-    """What a model is for: its loss and its metrics."""
+    """What a model is for: its loss and its metrics.
+
+    It may also have `also_measured`, name to direction of metrics that `evaluate` gives only where they mean something;
+    `counting`, the task once it is told how to learn the training examples of each label; `check`, which tries the task
+    on a batch and the outputs for it; and `example_inputs`, a batch as a network is traced and exported with it.
+    """
 
     @property
     def metrics(self) -> Mapping[str, Direction]:

@@ -11,15 +11,16 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
-from sparsify_deploy.errors import DataError, SparsifyError
+from sparsify_deploy.errors import DataError, SparsifyError, is_out_of_memory
 
 _PACKAGE = Path(__file__).resolve().parent
 _LONGEST_MESSAGE = 300
@@ -44,6 +45,7 @@ def make(
             raise error(f"{path}: nothing in it is called {name!r}{_hint(name, module)}")
         found = getattr(module, name)
         if callable(found) and not isinstance(found, ready):
+            _check_arguments(path, name, found, arguments, error)
             return found(**arguments)
         if arguments:
             raise error(f"{path}: {name} is no function or class, so arguments have no effect: remove them")
@@ -58,14 +60,50 @@ def running(path: Path, error: type[DataError]) -> Iterator[None]:
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     try:
-        yield
-    except (SparsifyError, MemoryError):
-        raise
-    except (Exception, SystemExit) as exc:
-        raise error(_one_line(path, exc)) from exc
+        with calling(path, error):
+            yield
     finally:
         sys.path[:] = search
         _forget_siblings(folder, known)
+
+
+@contextmanager
+def calling(path: Path, error: type[DataError]) -> Iterator[None]:
+    """Inside, what code of the file `path` that is loaded raises becomes `error`, one line with the user's line."""
+    try:
+        yield
+    except SparsifyError:
+        raise
+    except (Exception, SystemExit) as exc:
+        if is_out_of_memory(exc):
+            raise
+        raise error(one_line(path, exc)) from exc
+
+
+def place(path: Path, found: object) -> str:
+    """`file:line` where a function, method or class of the file `path` begins; the file alone for anything else."""
+    function = inspect.unwrap(getattr(found, "__func__", found))  # type: ignore[arg-type]
+    if isinstance(function, type):
+        function = vars(function).get("__init__")
+    code = getattr(function, "__code__", None)
+    return f"{path}:{code.co_firstlineno}" if code is not None and code.co_filename == str(path) else str(path)
+
+
+def _check_arguments(
+    path: Path, name: str, found: Callable[..., object], arguments: Mapping[str, object], error: type[DataError]
+) -> None:
+    try:
+        signature = inspect.signature(found)
+    except (ValueError, TypeError):  # some classes written in C tell none
+        return
+    try:
+        signature.bind(**arguments)
+    except TypeError as exc:
+        given = ", ".join(arguments) or "none"
+        raise error(
+            f"{place(path, found)}: {name}{signature} cannot be called with the arguments given ({given}): {exc}; "
+            "change params.arguments or the signature"
+        ) from exc
 
 
 def _load(path: Path, error: type[DataError]) -> ModuleType:
@@ -127,7 +165,7 @@ def _hint(name: str, module: ModuleType) -> str:
     return f"; one of {', '.join(own)}" if own else "; it defines no names"
 
 
-def _one_line(path: Path, exc: BaseException) -> str:
+def one_line(path: Path, exc: BaseException) -> str:
     """`file:line: Type: message`, the line being the deepest one in the user's own folder."""
     folder = path.resolve().parent
     places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(exc.__traceback__)]

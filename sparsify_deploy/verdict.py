@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from sparsify_deploy.reports import SAME_GRAPH, BenchmarkReport, EngineRow, Gate, LayerChain, Row
+from sparsify_deploy.reports import IN_FLOAT, SAME_GRAPH, BenchmarkReport, EngineRow, Gate, LayerChain, Row
 from sparsify_deploy.timing import Comparison, Race
 
 SPARSE_KERNELS = {"openvino": False, "onnxruntime": False, "tensorrt": True, "tensorrt_rtx": None}
@@ -15,7 +15,11 @@ SPARSE_KERNELS = {"openvino": False, "onnxruntime": False, "tensorrt": True, "te
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a verdict rests on. `dense_start` is the dense FP32 model, the others the final models of the branches."""
+    """What a verdict rests on. `dense_start` is the dense FP32 model, the others the final models of the branches.
+
+    `given` is an ONNX file that was not made here, alone but for `sparse`, which is the same where it holds 2:4. Its
+    metrics are empty where there were no data.
+    """
 
     metric: str
     direction: Literal["higher", "lower"]
@@ -26,6 +30,7 @@ class Evidence:
     benchmarks: tuple[BenchmarkReport, ...]
     collapsed: tuple[str, ...] = ()
     chain: LayerChain | None = None
+    given: Row | None = None
 
     @property
     def race(self) -> Race | None:
@@ -38,21 +43,24 @@ class Evidence:
         return measured[0][self.metric] if measured else row.model.metrics[self.metric]
 
     def drop(self, value: float) -> float | None:
-        """How much worse than the dense FP32 model, in the metric's unit; negative where it is better."""
-        if self.dense_start is None:
+        """How much worse than the dense FP32 model, or than the file that was given, in the metric's unit; negative
+        where it is better."""
+        start = self.given or self.dense_start
+        if start is None or self.metric not in start.model.metrics:
             return None
-        before = self.dense_start.model.metrics[self.metric]
+        before = start.model.metrics[self.metric]
         return before - value if self.direction == "higher" else value - before
 
 
 def gates(evidence: Evidence, limits: Mapping[str, float | None]) -> tuple[Gate, ...]:
     """Each limit of the recipe beside what was measured."""
-    final = evidence.sparse or evidence.dense
-    branch = "sparse" if evidence.sparse else "dense"
+    final = evidence.given or evidence.sparse or evidence.dense
+    branch = "given" if evidence.given else "sparse" if evidence.sparse else "dense"
     found = []
     if (limit := limits.get("max_drop")) is not None:
         drop = evidence.drop(evidence.value(final, branch)) if final else None
-        how = f"how much worse the final model's {evidence.metric} is than dense FP32's, on all test examples"
+        other = "the file's in ONNX Runtime" if evidence.given else "dense FP32's"
+        how = f"how much worse the final model's {evidence.metric} is than {other}, on all test examples"
         found.append(Gate("max_drop", limit, drop, None if drop is None else drop <= limit, how))
     if (limit := limits.get("min_speedup")) is not None:
         ratio = twin(evidence)
@@ -86,6 +94,8 @@ def twin(evidence: Evidence) -> Comparison | None:
 
 def verdict(evidence: Evidence, max_drop: float | None) -> str:
     """One line that starts with `Verdict:`: what to ship, what each step bought here, and what was not measured."""
+    if evidence.given is not None:
+        return _given_verdict(evidence, evidence.given, max_drop)
     if evidence.dense is None and evidence.sparse is None:
         return "Verdict: none, the run stopped before a final model."
     if evidence.race is None:
@@ -110,11 +120,14 @@ def _why_no_race(evidence: Evidence) -> str:
 def choice(evidence: Evidence, max_drop: float | None) -> str | None:
     """The simplest model that holds the accuracy gate and that no other acceptable one beats beyond the noise.
 
-    None where nothing was raced, where there is no dense twin to compare with, or where none holds the gate.
+    None where nothing was raced, where there is no dense twin to compare with, or where none holds the gate. A file
+    that was given is its own start.
     """
     race, chosen = evidence.race, None
-    if race is None or evidence.dense_start is None:
+    if race is None or (evidence.dense_start is None and evidence.given is None):
         return None
+    if evidence.given is not None and not evidence.given.model.metrics:
+        return evidence.given.label  # what is faster was not shown to answer as well
     for label, value in candidates(evidence).items():
         drop = evidence.drop(value)
         if label not in race.labels or (max_drop is not None and drop is not None and drop > max_drop):
@@ -127,26 +140,71 @@ def choice(evidence: Evidence, max_drop: float | None) -> str | None:
 def candidates(evidence: Evidence) -> dict[str, float]:
     """What could be shipped, the simplest first, with the metric; engines of lower precision by their own."""
     found: dict[str, float] = {}
+    if evidence.given is not None:
+        if not evidence.given.model.metrics:
+            return found
+        found[evidence.given.label] = evidence.value(evidence.given, "given")
     if evidence.dense_start is not None:
         found[evidence.dense_start.label] = evidence.value(evidence.dense_start)
     raced = evidence.benchmarks[0].metrics if evidence.benchmarks else {}
     found |= {label: metrics[evidence.metric] for label, metrics in raced.items()}
     for row, branch in ((evidence.dense, "dense"), (evidence.sparse, "sparse")):
-        if row is not None:
+        if row is not None and row is not evidence.given:
             found.setdefault(row.label, evidence.value(row, branch))
     return found
 
 
-def value_of(evidence: Evidence, label: str) -> tuple[float, str]:
-    """A candidate's metric and on what it was taken."""
+def value_of(evidence: Evidence, label: str) -> tuple[float | None, str]:
+    """A candidate's metric and on what it was taken; None where it is not known."""
+    if evidence.given is not None and label not in candidates(evidence):
+        return None, "not measured: the recipe has no data"
     raced = evidence.benchmarks[0].metrics if evidence.benchmarks else {}
     finals = ((evidence.dense, "dense"), (evidence.sparse, "sparse"))
     branch = next((name for row, name in finals if row is not None and row.label == label), None)
     if evidence.dense_start is not None and evidence.dense_start.label == label:
         branch = None
+    branch = "given" if evidence.given is not None else branch
     by_engine = label in raced or any(e.branch == branch and e.metrics is not None for e in evidence.engines)
     how = "the engine itself" if by_engine else "the same model in torch"
     return candidates(evidence)[label], f"all test examples, {how}"
+
+
+def _given_verdict(evidence: Evidence, given: Row, max_drop: float | None) -> str:
+    """The verdict on a file that was not made here: what of it to ship, what INT8 and 2:4 are worth in it."""
+    name = f"the file {given.label} ({given.model.precision})"
+    held, total = sum(layer.usable for layer in given.model.layers), len(given.model.layers)
+    dense = "" if held else f"0 of {total} layers hold 2:4, so no hardware can skip its zeros"
+    accuracy = _given_accuracy(evidence, given)
+    if evidence.race is None:
+        parts = [f"none on latency: {_why_no_race(evidence)}", f"{held} of {total} layers hold 2:4", accuracy]
+        return "Verdict: " + "; ".join(parts) + "."
+    chosen = choice(evidence, max_drop)
+    ship = f"ship {name if chosen == given.label else f'the {chosen}'}" if chosen else "nothing holds the accuracy gate"
+    parts = [ship, *_given_ratios(evidence, given), _sparse(evidence), dense, accuracy]
+    return "Verdict: " + "; ".join(part for part in parts if part) + "."
+
+
+def _given_ratios(evidence: Evidence, given: Row) -> list[str]:
+    """The file against its own float form and lower precision, where those took part."""
+    race = evidence.race
+    assert race is not None
+    found = []
+    for label in race.labels:
+        if label in (given.label, SAME_GRAPH):
+            continue
+        pair = (given.label, label) if label == IN_FLOAT else (label, given.label)
+        others = "".join(
+            f", {other.compare(*pair).median:.2f}x at batch {other.batch_size}"
+            for other in evidence.benchmarks[0].races[1:]
+        )
+        found.append(f"{pair[0]} against {pair[1]} is {times(race.compare(*pair))} here ({_setting(evidence)}{others})")
+    return found
+
+
+def _given_accuracy(evidence: Evidence, given: Row) -> str:
+    if not given.model.metrics:
+        return "accuracy was not measured, for the recipe has no data"
+    return f"{evidence.metric} " + ", ".join(f"{value:.4f} {label}" for label, value in candidates(evidence).items())
 
 
 def _choice(evidence: Evidence, max_drop: float | None) -> str:

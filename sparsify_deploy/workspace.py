@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparsify_deploy import pipeline, recipe_source
+from sparsify_deploy import menu, pipeline, recipe_source
 from sparsify_deploy.artifacts.store import ArtifactStore
 from sparsify_deploy.errors import DataError, UsageError
 from sparsify_deploy.interrupt import stoppable
-from sparsify_deploy.plan import Plan
+from sparsify_deploy.plan import Plan, is_given
 from sparsify_deploy.plan import plan as plan_of
-from sparsify_deploy.prediction.gpus import chosen
+from sparsify_deploy.prediction.gpus import Gpu, chosen
 from sparsify_deploy.prediction.roofline import GpuForecast
 from sparsify_deploy.recipe import Recipe
+from sparsify_deploy.recipe_checks import unknown_metric
 from sparsify_deploy.reports import Gate, RunReport, SensitivityReport, load
 from sparsify_deploy.stages import predictions
 from sparsify_deploy.stages.base import Estimate
+from sparsify_deploy.stages.given import Given
 from sparsify_deploy.stages.project_nm import LayerForecast, forecast_layers
+from sparsify_deploy.stages.trust import UserCode, user_code
 from sparsify_deploy.summary import publish, summarise
 from sparsify_deploy.types import Context, Progress
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run would do: where each step stands, what it is expected to cost, which layers could run sparse."""
+    """What a run would do: where each step stands, what it is expected to cost, which layers could run sparse.
+
+    `code` names the user's files that it would execute; where they are not `trusted`, nothing but steps is known.
+    """
 
     steps: tuple[tuple[pipeline.Status, Estimate | None], ...]
     layers: tuple[LayerForecast, ...]
@@ -36,6 +42,8 @@ class Forecast:
     unskipped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     gate: Gate | None = None
+    code: tuple[str, ...] = ()
+    trusted: bool = True
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,32 @@ class Workspace:
     store: ArtifactStore
     source: Path
     sets: tuple[str, ...] = ()
+    code: tuple[UserCode, ...] = ()
+    trusted: bool = False
+
+    def code_lines(self) -> tuple[str, ...]:
+        """The user's files that would be executed, with their sha256. `DataError` where one is gone."""
+        return tuple(code.line(self.store.digests) for code in self.code)
+
+    def check_trusted(self) -> None:
+        """`UsageError` where the recipe would run code of the user that they have not allowed."""
+        if self.code and not self.trusted:
+            files = "; ".join(self.code_lines())
+            raise UsageError(
+                f"{self.source}: runs code that it names, so read that first, then add --trust-code: {files}"
+            )
+
+    def _trust(self, progress: Progress) -> None:
+        self.check_trusted()
+        for line in self.code_lines():
+            progress.say(f"trusted: {line}")
+
+    def _check_metric(self) -> None:
+        """`UsageError` where gates name a metric that a user's own task lacks; a recipe check knows all other tasks."""
+        task = self.recipe.task.name
+        if self.recipe.gates.metric is not None and menu.entry("tasks", task).RUNS_USER_CODE:
+            for path, text in unknown_metric(self.recipe, self.plan.subject.opened_task):
+                raise UsageError(f"{self.source}: {'.'.join(map(str, path))}: {text}")
 
     def run(
         self,
@@ -62,6 +96,8 @@ class Workspace:
         """Bring the plan up to date and write the reports and the engines into the run directory."""
         for name in (*again, *filter(None, (start, until))):
             pipeline.selected(self.plan, name)
+        self._trust(progress)
+        self._check_metric()
         self._check_predicted()
         with self.store.lock(), stoppable() as stop_requested:
             context = Context(progress, checkpoint_every_s, self.recipe.threads, device, stop_requested)
@@ -76,7 +112,11 @@ class Workspace:
 
         The report is made anew from all that the store holds for this recipe; it is whole if the run was.
         """
-        whole = plan_of(self.recipe, sensitivity=True)
+        if is_given(self.recipe):
+            raise UsageError("sensitivity: changes layers of a torch network, and model.source onnx has none")
+        self._trust(progress)
+        self._check_metric()
+        whole = plan_of(self.recipe, sensitivity=True, trusted=self.trusted)
         with self.store.lock(), stoppable() as stop_requested:
             context = Context(progress, threads=self.recipe.threads, device=device, stop_requested=stop_requested)
             ran = {o.step.id: o for o in pipeline.run(whole.leading_to("sensitivity"), self.store, context)}
@@ -92,7 +132,9 @@ class Workspace:
 
     def _sensitivity_known(self, outcomes: Sequence[pipeline.Outcome]) -> list[pipeline.Outcome]:
         """The sensitivity of the layers where it was measured for this recipe, though no step of the run needs it."""
-        needed = plan_of(self.recipe, sensitivity=True).leading_to("sensitivity")
+        needed = plan_of(self.recipe, sensitivity=True, trusted=self.trusted).leading_to("sensitivity")
+        if not needed.steps:
+            return []
         last = pipeline.survey(needed, self.store)[-1]
         known = {outcome.step.id for outcome in outcomes}
         if last.record is None or last.step.id in known:
@@ -112,13 +154,30 @@ class Workspace:
         if self.recipe.gates.min_predicted_speedup is None:
             return
         records = {s.step.id: s.record for s in pipeline.survey(self.plan, self.store)}
-        exported = records.get("sparse/export_onnx")
+        exported = records.get("sparse/export_onnx") or records.get("given/import_onnx")
         layers = predictions.restored(exported.measured) if exported is not None else None
-        if layers is None:
+        if layers is None and isinstance(self.plan.subject, Given):
+            layers = self.plan.subject.layers()
+        elif layers is None:
             from sparsify_deploy.stages.workloads import recipe_layers
 
             layers = recipe_layers(self.plan.subject, self.recipe.nm, self.recipe.quantize)
         predictions.check_gate(self.recipe, layers)
+
+    def _forecast_given(
+        self, subject: Given, steps: Sequence[pipeline.Status], gpus: Sequence[Gpu], batch_sizes: Sequence[int]
+    ) -> Forecast:
+        """The dry run of a file that was given: nothing is trained, and what is predicted follows from the file."""
+        missing = dict.fromkeys(line for s in steps if s.state != "cached" for line in s.step.stage.unmet())
+        found = subject.layers()
+        return Forecast(
+            tuple((step, None) for step in steps),
+            (),
+            tuple(missing),
+            predicted=predictions.forecasts(found, gpus, batch_sizes),
+            unskipped=predictions.unskipped(self.recipe),
+            gate=predictions.gate(self.recipe, found),
+        )
 
     def forecast(self, gpus: Sequence[str] = (), batch_sizes: Sequence[int] = ()) -> Forecast:
         """The dry run. Where torch or the data are missing, estimates are missing too, and it says so.
@@ -128,6 +187,16 @@ class Workspace:
         settings = self.recipe.prediction
         targets = chosen(gpus or settings.gpus)
         steps = pipeline.survey(self.plan, self.store)
+        if self.code and not self.trusted:
+            return Forecast(tuple((s, None) for s in steps), (), (), code=self.code_lines(), trusted=False)
+        found = self._forecast(steps, targets, batch_sizes or settings.batch_sizes)
+        return replace(found, code=self.code_lines())
+
+    def _forecast(
+        self, steps: Sequence[pipeline.Status], targets: Sequence[Gpu], batch_sizes: Sequence[int]
+    ) -> Forecast:
+        if isinstance(self.plan.subject, Given):
+            return self._forecast_given(self.plan.subject, steps, targets, batch_sizes)
         pending = [s for s in steps if s.state != "cached"]
         missing = tuple(dict.fromkeys(line for s in pending for line in s.step.stage.unmet()))
         able = importlib.util.find_spec("torch") is not None and not missing
@@ -140,7 +209,7 @@ class Workspace:
         from sparsify_deploy.stages.workloads import recipe_layers
 
         found = recipe_layers(self.plan.subject, self.recipe.nm, self.recipe.quantize)
-        predicted = predictions.forecasts(found, targets, batch_sizes or settings.batch_sizes)
+        predicted = predictions.forecasts(found, targets, batch_sizes)
         return Forecast(
             shown,
             layers,
@@ -161,16 +230,27 @@ def open_run(
     *,
     trust_code: bool | None = None,
 ) -> Workspace:
-    """Read a recipe and find its run directory; `trust_code` False refuses one that runs Python files of the user."""
+    """Read a recipe and find its run directory, without running code of the user's.
+
+    `trust_code` False refuses a recipe that would run some at all; None leaves that to the verbs that do, `run` and
+    `sensitivity`, and `forecast` then tells what is known without.
+    """
     recipe = recipe_source.load(source, sets)
-    plan = plan_of(recipe)
-    if trust_code is False and (sections := plan.subject.runs_user_code()):
-        named = " and ".join(f"{section}.source file" for section in sections)
-        raise UsageError(f"{source}: {named} runs Python code the recipe names: read that file, then add --trust-code")
     folder = run_dir or Path("runs") / (recipe.name or source.stem)
-    return Workspace(
-        recipe, plan, folder, ArtifactStore(store or recipe.store or folder / "store"), source, tuple(sets)
+    trusted = trust_code is True
+    opened = Workspace(
+        recipe,
+        plan_of(recipe, trusted=trusted),
+        folder,
+        ArtifactStore(store or recipe.store or folder / "store"),
+        source,
+        tuple(sets),
+        user_code(recipe),
+        trusted,
     )
+    if trust_code is False:
+        opened.check_trusted()
+    return opened
 
 
 def read_report(folder: Path) -> RunReport:

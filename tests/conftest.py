@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -42,3 +44,32 @@ def torchvision() -> ModuleType:
 
 _DECLARED: list[object] = []
 """The declarations last as long as the objects do."""
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., Path]:
+    """`make_tokenizer(folder, pad="[PAD]")`: a BERT-like WordPiece tokenizer of a few words, as a folder.
+
+    Its numbers: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, then good, bad, film, plot, very, not, ##ly, a.
+    """
+    tokenizers = pytest.importorskip("tokenizers")
+
+    def make(folder: Path, pad: str | None = "[PAD]", side: str = "right") -> Path:
+        words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "plot", "very", "not", "##ly", "a")
+        vocabulary = {word: number for number, word in enumerate(words)}
+        made = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+        made.normalizer = tokenizers.normalizers.BertNormalizer()
+        made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        made.save(str(folder / "tokenizer.json"))
+        if pad is not None:
+            settings = {"pad_token": pad, "padding_side": side}
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        return folder
+
+    return make

@@ -63,8 +63,9 @@ def grid(data: Path, seeds: int, epochs: float, precision: str = "fp32") -> Grid
     )
 
 
-def _of_seed(data: Path, seed: int, epochs: float, precision: str) -> list[Run]:
-    base: dict[str, Json] = {
+def base(data: Path, seed: int, epochs: float, precision: str = "fp32") -> dict[str, Json]:
+    """What all recipes have in common."""
+    return {
         "version": 1,
         "seed": seed,
         "threads": 1,
@@ -83,6 +84,10 @@ def _of_seed(data: Path, seed: int, epochs: float, precision: str) -> list[Run]:
             "precision": precision,
         },
     }
-    dense = Run("dense", DENSE, seed, "", {**base, "train": {"method": "dense"}})
-    sparse = [Run(row, f"n{LEVEL}", seed, "", {**base, "sparsity": SPARSITY, **p}) for row, p in SPARSE.items()]
+
+
+def _of_seed(data: Path, seed: int, epochs: float, precision: str) -> list[Run]:
+    common = base(data, seed, epochs, precision)
+    dense = Run("dense", DENSE, seed, "", {**common, "train": {"method": "dense"}})
+    sparse = [Run(row, f"n{LEVEL}", seed, "", {**common, "sparsity": SPARSITY, **p}) for row, p in SPARSE.items()]
     return [dense, *sparse]

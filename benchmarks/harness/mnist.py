@@ -78,8 +78,9 @@ def grid(data: Path, seeds: int, epochs: float) -> Grid:
     )
 
 
-def _of_seed(data: Path, seed: int, epochs: float) -> Iterator[Run]:
-    base: dict[str, Json] = {
+def base(data: Path, seed: int, epochs: float) -> dict[str, Json]:
+    """What all recipes have in common."""
+    return {
         "version": 1,
         "seed": seed,
         "threads": 1,
@@ -93,25 +94,29 @@ def _of_seed(data: Path, seed: int, epochs: float) -> Iterator[Run]:
             "schedule": {"name": "cosine", "warmup_fraction": 0.0},
         },
     }
+
+
+def _of_seed(data: Path, seed: int, epochs: float) -> Iterator[Run]:
+    common = base(data, seed, epochs)
     dense = f"s{seed}-dense"
-    yield Run("dense", DENSE, seed, dense, {**base, "train": {"method": "dense"}})
+    yield Run("dense", DENSE, seed, dense, {**common, "train": {"method": "dense"}})
     for level in reversed(LEVELS):  # the sparsest tell the methods apart
         for row, parts in AT_DENSITY.items():
             sparsity = 1.0 - density_of(level)
-            yield Run(row, f"n{level}", seed, f"s{seed}-n{level}", {**base, "sparsity": sparsity, **parts})
+            yield Run(row, f"n{level}", seed, f"s{seed}-n{level}", {**common, "sparsity": sparsity, **parts})
     fine_tune = {"epochs": 0.3 * epochs, "optimizer": {"lr": 0.01}}
     projection = {"pattern": "2:4", "layers": "pattern_possible", "fine_tune": fine_tune}
-    yield Run("nm-refill", TWO_OF_FOUR, seed, dense, {**base, "train": {"method": "dense"}, "nm": projection})
+    yield Run("nm-refill", TWO_OF_FOUR, seed, dense, {**common, "train": {"method": "dense"}, "nm": projection})
     inside = {
         "init": {"criterion": "random", "pattern": "2:4"},
         "train": {"method": "rigl", "params": {"pattern": "2:4"}},
     }
-    yield Run("rigl-nm", TWO_OF_FOUR, seed, f"s{seed}-rigl-nm", {**base, **inside})
-    yield Run("sr_ste", TWO_OF_FOUR, seed, f"s{seed}-sr_ste", {**base, "train": {"method": "sr_ste"}})
+    yield Run("rigl-nm", TWO_OF_FOUR, seed, f"s{seed}-rigl-nm", {**common, **inside})
+    yield Run("sr_ste", TWO_OF_FOUR, seed, f"s{seed}-sr_ste", {**common, "train": {"method": "sr_ste"}})
     for mode in IMP_MODES:
         last = LEVELS[-1]
         train = {"method": "imp", "params": {"retrain": mode}}
-        recipe = {**base, "sparsity": 1.0 - density_of(last), "train": train}
+        recipe = {**common, "sparsity": 1.0 - density_of(last), "train": train}
         on_the_way = (DENSE, *(f"n{level}" for level in LEVELS[:-1]))
         yield Run(f"imp-{mode}", f"n{last}", seed, f"s{seed}-imp-{mode}", recipe, on_the_way)
 

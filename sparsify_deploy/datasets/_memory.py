@@ -10,12 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsify_deploy.datasets._splits import GET_VALIDATION
 from sparsify_deploy.errors import DataError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from sparsify_deploy.preprocessing.spec import Raw, Spec
+
+    Pair = tuple[NDArray[Any], NDArray[Any]]
+
 _CHUNK = 4096
+
+SPLITS = ("train", "test", "validation")
+UNLABELLED = "data.params.labels is false: examples without labels are good for quantize.calibration_data alone"
 
 
 @dataclass(frozen=True)
@@ -52,30 +60,78 @@ class MemorySplit:
 
 @dataclass(frozen=True)
 class MemoryDataSet:
-    """A `types.DataSet` of two splits in memory; `notes` say what a reader of a report must know of it."""
+    """A `types.DataSet` in memory; `notes` say what a reader of a report must know of it.
+
+    `preprocessing` says how a raw example becomes the inputs; `raw` holds a few of the test split so, by index.
+    `advice` says how this source could have a validation split. A set without labels has no test split either.
+    """
 
     train: MemorySplit
-    test: MemorySplit
+    test: MemorySplit | None
     inputs: tuple[str, ...] = ("input",)
     classes: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    preprocessing: Spec | None = None
+    raw: Mapping[int, Raw] = field(default_factory=dict)
+    validation: MemorySplit | None = None
+    advice: str = GET_VALIDATION
 
-    def split(self, name: Literal["train", "test"]) -> MemorySplit:
-        """`train` or `test`."""
-        return {"train": self.train, "test": self.test}[name]
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits there are."""
+        return tuple(name for name in SPLITS if getattr(self, name) is not None)
+
+    def split(self, name: Literal["train", "test", "validation"]) -> MemorySplit:
+        """One of `splits`. Raises DataError for another."""
+        found: MemorySplit | None = {"train": self.train, "test": self.test, "validation": self.validation}[name]
+        if found is None and self.test is None:
+            raise DataError(UNLABELLED)
+        if found is None:
+            raise DataError(f"data: there is no {name} split: {self.advice}")
+        return found
 
 
 def data_set(
-    train: tuple[NDArray[Any], NDArray[Any]],
-    test: tuple[NDArray[Any], NDArray[Any]],
+    train: Pair,
+    test: Pair,
     affine: Affine | None,
     classes: tuple[str, ...] | None = None,
+    *,
     notes: tuple[str, ...] = (),
+    preprocessing: Spec | None = None,
+    raw: Mapping[int, Raw] | None = None,
+    validation: Pair | None = None,
 ) -> MemoryDataSet:
-    """A data set of two (inputs, targets) pairs whose inputs pass through `affine`."""
+    """A data set of two or three (inputs, targets) pairs whose inputs pass through `affine`."""
     scale = {} if affine is None else {"input": affine}
-    first, second = (MemorySplit({"input": tensor(x), "target": tensor(y)}, scale) for x, y in (train, test))
-    return MemoryDataSet(first, second, classes=classes, notes=notes)
+
+    def split(pair: Pair) -> MemorySplit:
+        return MemorySplit({"input": tensor(pair[0]), "target": tensor(pair[1])}, scale)
+
+    return MemoryDataSet(
+        split(train),
+        split(test),
+        classes=classes,
+        notes=notes,
+        preprocessing=preprocessing,
+        raw=raw if raw is not None else {},
+        validation=split(validation) if validation is not None else None,
+    )
+
+
+def unlabelled(
+    inputs: NDArray[Any], affine: Affine | None, notes: tuple[str, ...] = (), preprocessing: Spec | None = None
+) -> MemoryDataSet:
+    """Inputs alone, in one split; good for calibration."""
+    scale = {} if affine is None else {"input": affine}
+    split = MemorySplit({"input": tensor(inputs)}, scale)
+    return MemoryDataSet(split, None, notes=notes, preprocessing=preprocessing)
+
+
+def numbers(affine: Affine) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Its shift and divisor as a `preprocessing.spec` has them: one number a channel, or one for all."""
+    shift, divisor = (tuple(map(float, values.flatten().tolist())) for values in (affine.shift, affine.divisor))
+    return shift, divisor
 
 
 def scaling(values: NDArray[Any], *, normalize: bool) -> Affine | None:
@@ -123,6 +179,13 @@ def imagenet(*, grey: bool) -> Affine:
     return Affine(255 * mean.reshape(1, -1, 1, 1), 255 * deviation.reshape(1, -1, 1, 1))
 
 
+def normalization(which: str, values: NDArray[np.uint8], *, grey: bool) -> Affine:
+    """What makes inputs of bytes `(N, C, H, W)`: `imagenet`, `data` (measured on `values`) or `none` (to 0..1)."""
+    if which == "imagenet":
+        return imagenet(grey=grey)
+    return standardising(values) if which == "data" else UNIT
+
+
 def targets(values: NDArray[Any], where: str) -> NDArray[Any]:
     """Integer targets as int64 `(N,)`, none negative; float targets as float32, all finite. `where` begins an error."""
     if values.dtype.kind in "iub":
@@ -156,17 +219,19 @@ def tensor(values: NDArray[Any]) -> Tensor:
     return torch.from_numpy(native if native.flags.writeable else native.copy())
 
 
-def check_splits(train: tuple[NDArray[Any], NDArray[Any]], test: tuple[NDArray[Any], NDArray[Any]], where: str) -> None:
+def check_splits(train: Pair, test: Pair, where: str, validation: Pair | None = None) -> None:
     """Refuse splits that are empty, uneven or unlike each other."""
-    for name, (inputs, labels) in (("train", train), ("test", test)):
+    others = {"test": test} | ({"validation": validation} if validation is not None else {})
+    for name, (inputs, labels) in {"train": train, **others}.items():
         if len(inputs) != len(labels):
             raise DataError(f"{where}: the {name} split has {len(inputs)} inputs and {len(labels)} targets")
         if not inputs.size:
             raise DataError(f"{where}: the {name} split is empty")
-    if train[0].shape[1:] != test[0].shape[1:]:
-        raise DataError(f"{where}: train inputs have shape {train[0].shape[1:]}, test inputs {test[0].shape[1:]}")
-    if train[0].dtype != test[0].dtype:
-        raise DataError(f"{where}: train inputs are {train[0].dtype}, test inputs {test[0].dtype}")
-    if train[1].dtype != test[1].dtype or train[1].shape[1:] != test[1].shape[1:]:
-        kinds = " and ".join(f"{y.dtype} {y.shape[1:]}" for _, y in (train, test))
-        raise DataError(f"{where}: train and test targets are unlike: {kinds}")
+    for name, (inputs, labels) in others.items():
+        if train[0].shape[1:] != inputs.shape[1:]:
+            raise DataError(f"{where}: train inputs have shape {train[0].shape[1:]}, {name} inputs {inputs.shape[1:]}")
+        if train[0].dtype != inputs.dtype:
+            raise DataError(f"{where}: train inputs are {train[0].dtype}, {name} inputs {inputs.dtype}")
+        if train[1].dtype != labels.dtype or train[1].shape[1:] != labels.shape[1:]:
+            kinds = " and ".join(f"{y.dtype} {y.shape[1:]}" for y in (train[1], labels))
+            raise DataError(f"{where}: train and {name} targets are unlike: {kinds}")

@@ -1,69 +1,54 @@
-"""Reads columns of encoded images and labels; the only module of the data sets that knows pyarrow."""
+"""Opens Parquet files of encoded images and labels, one split a time."""
 
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from sparsify_deploy.datasets import _arrow
+from sparsify_deploy.datasets._encoded import Encoded
 from sparsify_deploy.datasets._memory import targets
-from sparsify_deploy.errors import DataError, MissingExtra
+from sparsify_deploy.errors import DataError
 from sparsify_deploy.menu import did_you_mean
-from sparsify_deploy.preprocessing.images import Decoder, check_pillow, short, threads
+from sparsify_deploy.preprocessing.images import check_pillow, short
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-_ROWS = 1024
-_IMAGES_A_JOB = 64
+_ROWS = 512
 _PURPOSE = "the parquet data set"
 
 
-def read(
-    paths: Sequence[Path], *, image: str, label: str, size: int | None, mode: str
-) -> tuple[NDArray[np.uint8], NDArray[Any]]:
-    """All images `(N, C, H, W)` and labels of some files, in the order of the files and rows."""
-    decode = Decoder(mode, size)
-    images: NDArray[np.uint8] | None = None
-    labels: list[NDArray[Any]] = []
-    done = 0
-    with ExitStack() as stack, ThreadPoolExecutor(max_workers=threads()) as pool:
-        opened = [stack.enter_context(_open(path, (image, label))) for path in paths]
-        total = sum(file.metadata.num_rows for file in opened)
-        if not total:
-            raise DataError(f"{', '.join(map(str, paths))}: no rows")
-        for path, file in zip(paths, opened, strict=True):
-            for row, contents, some_labels in _batches(path, file, image, label):
-                if images is None:
-                    images = np.empty((total, *decode(contents[0], f"{path}: row {row}").shape), dtype=np.uint8)
-                jobs = [
-                    pool.submit(_fill_, decode, images[done + k :][: len(part)], part, path, row + k)
-                    for k in range(0, len(contents), _IMAGES_A_JOB)
-                    for part in [contents[k : k + _IMAGES_A_JOB]]
+def stored(paths: Sequence[Path], *, image: str, label: str | None) -> Encoded:
+    """The rows of some files, in order; labels are read now, images when they are asked for."""
+    counts, labels = [], []
+    for path in paths:
+        with _open(path, (image,) if label is None else (image, label)) as file:
+            counts.append(int(file.metadata.num_rows))
+            if label is not None:
+                labels += [
+                    targets(
+                        _arrow.labels(column, label, f"{path}: row {row}"), f"{path}: column {label} from row {row}"
+                    )
+                    for row, column in _columns(path, file, label)
                 ]
-                for job in jobs:
-                    job.result()
-                labels.append(targets(some_labels, f"{path}: column {label} from row {row}"))
-                done += len(contents)
-    assert images is not None
-    return images, np.concatenate(labels)
+    if not sum(counts):
+        raise DataError(f"{', '.join(map(str, paths))}: no rows")
+    starts = [sum(counts[:i]) for i in range(len(counts))]
 
+    def where(row: int) -> str:
+        at = bisect_right(starts, row) - 1
+        return f"{paths[at]}: row {row - starts[at]}"
 
-def _fill_(decode: Decoder, out: NDArray[np.uint8], contents: Sequence[bytes], path: Path, first_row: int) -> None:
-    """Decode `contents` into `out` `(B, C, H, W)`; `first_row` is the row of the first in `path`."""
-    for offset, content in enumerate(contents):
-        where = f"{path}: row {first_row + offset}"
-        pixels = decode(content, where)
-        if pixels.shape != out.shape[1:]:
-            raise DataError(
-                f"{where}: an image of {pixels.shape[1:]}, the first is of {out.shape[2:]}: set size to resize them all"
-            )
-        out[offset] = pixels
+    def batches() -> Iterator[list[bytes | Path]]:
+        for path in paths:
+            with _open(path, (image,)) as file:
+                for row, column in _columns(path, file, image):
+                    yield _arrow.contents(column, image, lambda i, path=path, row=row: f"{path}: row {row + i}")  # type: ignore[misc]
+
+    return Encoded(sum(counts), np.concatenate(labels) if label is not None else None, batches, where)
 
 
 def class_names(path: Path, label: str) -> tuple[str, ...] | None:
@@ -78,12 +63,11 @@ def class_names(path: Path, label: str) -> tuple[str, ...] | None:
 
 
 def _open(path: Path, columns: Sequence[str]) -> Any:
-    try:
-        import pyarrow as pa  # type: ignore[import-untyped]
-        from pyarrow import parquet
-    except ImportError as exc:
-        raise MissingExtra("pyarrow", "train", _PURPOSE) from exc
+    _arrow.check_pyarrow(_PURPOSE)
     check_pillow(_PURPOSE)
+    import pyarrow as pa  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
     try:
         file = parquet.ParquetFile(path)
     except (pa.ArrowException, OSError) as exc:
@@ -96,43 +80,15 @@ def _open(path: Path, columns: Sequence[str]) -> Any:
     return file
 
 
-def _batches(path: Path, file: Any, image: str, label: str) -> Iterator[tuple[int, list[bytes], NDArray[Any]]]:
-    """First row, encoded images and labels, up to `_ROWS` rows a time and at least one."""
+def _columns(path: Path, file: Any, name: str) -> Iterator[tuple[int, Any]]:
+    """First row and values of one column, up to `_ROWS` rows a time and at least one."""
     import pyarrow as pa
 
     row = 0
     try:
-        for batch in file.iter_batches(batch_size=_ROWS, columns=[image, label]):
+        for batch in file.iter_batches(batch_size=_ROWS, columns=[name]):
             if batch.num_rows:
-                contents = _contents(path, row, batch.column(image))
-                yield row, contents, _labels(f"{path}: row {row}", label, batch.column(label))
+                yield row, batch.column(name)
             row += batch.num_rows
     except (pa.ArrowException, OSError) as exc:
         raise DataError(f"{path}: damaged at or after row {row} ({short(exc)})") from exc
-
-
-def _contents(path: Path, first_row: int, column: Any) -> list[bytes]:
-    import pyarrow as pa
-
-    kind = column.type
-    names = [kind.field(i).name for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []
-    if "bytes" in names:
-        column = column.flatten()[names.index("bytes")]
-    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
-        raise DataError(f"{path}: the image column is {kind}, expected encoded images: {{bytes, path}} or binary")
-    if column.null_count:
-        row = first_row + column.is_null().to_pylist().index(True)
-        raise DataError(f"{path}: row {row}: no image bytes; images outside the Parquet file are not read")
-    contents: list[bytes] = column.to_pylist()
-    return contents
-
-
-def _labels(where: str, label: str, column: Any) -> NDArray[Any]:
-    import pyarrow as pa
-
-    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)):
-        raise DataError(f"{where}: column {label} is {column.type}, expected integers (classes) or floats (values)")
-    if column.null_count:
-        raise DataError(f"{where}: column {label} has an empty value here or shortly after")
-    values: NDArray[Any] = column.to_numpy(zero_copy_only=False)
-    return values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -12,39 +12,46 @@ from torch import Tensor
 from sparsify_deploy.datasets._memory import MemoryDataSet, MemorySplit, floats, targets, tensor
 from sparsify_deploy.errors import DataError
 from sparsify_deploy.menu import did_you_mean
+from sparsify_deploy.preprocessing.spec import Spec
 
 if TYPE_CHECKING:
-    from sparsify_deploy.types import DataSet
+    from sparsify_deploy.types import DataSet, Split
 
+_KEYS = ("train", "test", "validation", "classes")
+_ADVICE = "give it under the key 'validation'"
 _SHAPE = 'expected {"train": {"input": array, "target": array}, "test": {...}} or a DataSet'
 
 
 def wrapped(data: Mapping[Any, Any], where: str) -> MemoryDataSet:
     """A data set of the dict `data`; `where` begins every error."""
     for key in data:
-        if key not in ("train", "test", "classes"):
-            raise DataError(f"{where}: unknown key {key!r}{did_you_mean(str(key), ('train', 'test', 'classes'))}")
+        if key not in _KEYS:
+            raise DataError(f"{where}: unknown key {key!r}{did_you_mean(str(key), _KEYS)}")
     train, test = (_split(data, name, where) for name in ("train", "test"))
-    if list(train.fields) != list(test.fields):
-        raise DataError(f"{where}: train has the fields {list(train.fields)}, test {list(test.fields)}")
-    for name, values in train.fields.items():
-        other = test.fields[name]
-        if values.shape[1:] != other.shape[1:] or values.dtype != other.dtype:
-            kinds = " and ".join(f"{v.dtype} {tuple(v.shape[1:])}" for v in (values, other))
-            raise DataError(f"{where}: train and test are unlike in {name!r}: {kinds}")
+    validation = _split(data, "validation", where) if "validation" in data else None
+    _check_like(train, test, "test", where)
+    if validation is not None:
+        _check_like(train, validation, "validation", where)
     inputs = tuple(name for name in train.fields if name != "target")
-    return MemoryDataSet(train, test, inputs, _classes(data.get("classes"), train, test, where))
+    classes = _classes(data.get("classes"), where)
+    return MemoryDataSet(train, test, inputs, classes, validation=validation, advice=_ADVICE)
 
 
-def _classes(names: Any, train: MemorySplit, test: MemorySplit, where: str) -> tuple[str, ...] | None:
+def _check_like(train: MemorySplit, other: MemorySplit, role: str, where: str) -> None:
+    if list(train.fields) != list(other.fields):
+        raise DataError(f"{where}: train has the fields {list(train.fields)}, {role} {list(other.fields)}")
+    for name, values in train.fields.items():
+        theirs = other.fields[name]
+        if values.shape[1:] != theirs.shape[1:] or values.dtype != theirs.dtype:
+            kinds = " and ".join(f"{v.dtype} {tuple(v.shape[1:])}" for v in (values, theirs))
+            raise DataError(f"{where}: train and {role} are unlike in {name!r}: {kinds}")
+
+
+def _classes(names: Any, where: str) -> tuple[str, ...] | None:
     if names is None:
         return None
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
         raise DataError(f"{where}: classes are {names!r}, expected a list of names")
-    labels = [split.fields["target"] for split in (train, test)]
-    largest = max(int(values.max()) for values in labels)
-    if not labels[0].is_floating_point() and largest >= len(names):
-        raise DataError(f"{where}: label {largest}, but {len(names)} classes are named")
     return tuple(names)
 
 
@@ -56,7 +63,8 @@ def checked(made: object, where: str) -> DataSet:
             raise DataError(f"{where}: gives {type(made).__name__} without {attribute!r}, {_SHAPE}")
     if not isinstance(data.inputs, tuple) or not data.inputs:
         raise DataError(f"{where}: inputs are {data.inputs!r}, expected a tuple of field names")
-    for name in ("train", "test"):
+    has_validation = "validation" in getattr(data, "splits", ())
+    for name in ("train", "test", *(("validation",) if has_validation else ())):
         split = data.split(name)
         if not len(split):
             raise DataError(f"{where}: the {name} split is empty")
@@ -70,8 +78,46 @@ def checked(made: object, where: str) -> DataSet:
                 raise DataError(f"{where}: for one index, take gives {key!r} as {kind}, expected a tensor (1, ...)")
             if value.is_floating_point() and value.dtype != torch.float32:
                 raise DataError(f"{where}: take gives {key!r} as {value.dtype}, expected float32")
-    result: DataSet = data
+    _check_preprocessing(data, where)
+    result: DataSet = data if has_validation else _NoValidation(data, where)
     return result
+
+
+class _NoValidation:
+    """A user's data set that names no validation split: what its `split` would give for one is anybody's guess."""
+
+    def __init__(self, own: Any, where: str) -> None:
+        self._own = own
+        self._where = where
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def split(self, name: Literal["train", "test", "validation"]) -> Split:
+        if name == "validation":
+            raise DataError(
+                f"{self._where}: there is no validation split: give the data set `splits`, a tuple of names with "
+                "validation among them"
+            )
+        found: Split = self._own.split(name)
+        return found
+
+
+def _check_preprocessing(data: Any, where: str) -> None:
+    """Where a data set says how raw examples become its inputs, it says so in our words, with examples to try it on."""
+    spec = getattr(data, "preprocessing", None)
+    if spec is None:
+        return
+    if not isinstance(spec, Spec):
+        raise DataError(
+            f"{where}: preprocessing is {type(spec).__name__}, expected a spec of sparsify_deploy.preprocessing.spec "
+            "(ImageSpec, TextSpec or ArraySpec), or None"
+        )
+    raw = getattr(data, "raw", None)
+    if not isinstance(raw, Mapping) or not raw or not all(isinstance(index, int) for index in raw):
+        raise DataError(
+            f"{where}: has preprocessing and no raw: give a dict of a few raw examples of the test split by index"
+        )
 
 
 def _split(data: Mapping[Any, Any], name: str, where: str) -> MemorySplit:

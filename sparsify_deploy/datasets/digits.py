@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from sparsify_deploy.params import Params as Base
+from sparsify_deploy.datasets._params import WithValidation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +27,7 @@ RUNS_USER_CODE = False
 _TEST_EXAMPLES = 360
 
 
-class Params(Base):
+class Params(WithValidation):
     """How large the images shall be."""
 
     size: int = Field(8, ge=8, le=256, description="height and width, pixels; above 8 interpolated bilinearly")
@@ -43,7 +43,9 @@ def open(params: Params) -> DataSet:
     import numpy as np
     import torch
 
-    from sparsify_deploy.datasets._memory import data_set, standardising
+    from sparsify_deploy.datasets._memory import data_set, numbers, standardising
+    from sparsify_deploy.datasets._splits import parted
+    from sparsify_deploy.preprocessing.spec import ArrayInput, ArraySpec, samples
 
     pixels, labels = _read(_file())
     x = torch.from_numpy(pixels)
@@ -52,7 +54,18 @@ def open(params: Params) -> DataSet:
     is_test = np.zeros(len(labels), dtype=bool)
     is_test[_test_indices(labels)] = True
     train, test = ((x.numpy()[part], labels[part]) for part in (~is_test, is_test))
-    return data_set(train, test, standardising(train[0]), tuple("0123456789"))
+    parts = parted(train, test, None, params, "digits")
+    affine, classes = standardising(parts.train[0]), tuple("0123456789")
+    shape = (params.size, params.size)
+    spec = ArraySpec(
+        (ArrayInput("input", "float32", shape, "HW", *numbers(affine)),),
+        example=f"a grey image {params.size}x{params.size}, 0 (paper) to 16 (ink)",
+        classes=classes,
+    )
+    raw = {i: test[0][i, 0].copy() for i in samples(len(test[0]))}
+    return data_set(
+        parts.train, test, affine, classes, notes=parts.notes, preprocessing=spec, raw=raw, validation=parts.validation
+    )
 
 
 def _file() -> Path:

@@ -4,9 +4,10 @@ It gives a `sparsify_deploy.types.DataSet`, or simply arrays or tensors in a dic
 
     {"train": {"input": x, "target": y}, "test": {"input": ..., "target": ...}, "classes": ["cat", "dog"]}
 
-with examples along axis 0. Every field but `target` is an input of the model, in the order given. Floats become
-float32, integers int64, and nothing is scaled. The file is executed with its folder importable; only the file itself
-enters the fingerprint of a run, neither what it imports nor the data it reads: change it when those change.
+with examples along axis 0, and "validation" as "test" where there is such a split. Every field but `target` is an
+input of the model, in the order given. Floats become float32, integers int64, and nothing is scaled. The file is
+executed with its folder importable; only the file itself enters the fingerprint of a run, neither what it imports nor
+the data it reads: change it when those change.
 """
 
 from __future__ import annotations

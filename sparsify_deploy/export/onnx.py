@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsify_deploy.errors import ModelError
+from sparsify_deploy.export.axes import BATCH, FreeAxes, sized, sizes_of
 from sparsify_deploy.graph import file
+from sparsify_deploy.graph.axis_sizes import set_axis_sizes_
 from sparsify_deploy.graph.quantizers import place_quantizers_
 from sparsify_deploy.graph.tidy import tidy_
 from sparsify_deploy.types import outputs_of
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from sparsify_deploy.types import Batch
 
 _PROTOBUF_LIMIT_BYTES = 2**31 - 2**20
+_FIXED = FreeAxes()
 
 
 def export(
@@ -37,11 +40,13 @@ def export(
     *,
     opset: int = 17,
     dynamic_batch: bool = True,
+    free: FreeAxes = _FIXED,
 ) -> None:
     """Write `module` in eval mode to `path`, traced on the fields `inputs` of `example`, and judge the file.
 
     Graph inputs are named `inputs`, outputs as `outputs_of` names them, initializers as the parameters. With
-    `dynamic_batch` axis 0 of every input and output is free, else it is the example's. Every part's mode is restored.
+    `dynamic_batch` axis 0 of every input and output is free, else it is the example's. So are the inputs' `free` axes
+    and those of outputs whose size follows them; their sizes are kept in the file. Every part's mode is restored.
 
     Raises:
         ModelError: an operator has no ONNX form, an output is not a tensor, the weights exceed the 2 GiB of one
@@ -58,7 +63,11 @@ def export(
         with torch.no_grad(), _traceable(), _quiet():
             outputs = outputs_of(module, arguments, inputs)
             _require_tensors(outputs)
-            axes = {name: {0: "batch"} for name, value in {**arguments, **outputs}.items() if value.dim()}
+            axes: dict[str, dict[int, str]] = {name: dict(free.axes.get(name, {})) for name in inputs}
+            axes.update(_following(module, arguments, inputs, outputs, free))
+            if dynamic_batch:
+                for name, value in {**arguments, **outputs}.items():
+                    axes[name] = {**({0: BATCH} if value.dim() else {}), **axes[name]}
             torch.onnx.export(
                 _Named(module, inputs),
                 tuple(arguments.values()),
@@ -67,7 +76,7 @@ def export(
                 opset_version=opset,
                 input_names=list(arguments),
                 output_names=list(outputs),
-                dynamic_axes=axes if dynamic_batch else None,
+                dynamic_axes={name: named for name, named in axes.items() if named} or None,
                 do_constant_folding=False,  # it would put an anonymous transposed copy in place of a Linear's weight
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
@@ -77,6 +86,7 @@ def export(
         for part, mode in modes:
             part.training = mode
     written = file.load(path)
+    set_axis_sizes_(written, {name: size for name, size in free.sizes.items() if name in _used(free, inputs)})
     tidy_(written)
     place_quantizers_(written)
     file.check(written, path)
@@ -103,6 +113,33 @@ class _Named(nn.Module):
         forward, inputs = self.call
         named = outputs_of(forward, dict(zip(inputs, values, strict=True)), inputs)  # type: ignore[arg-type]
         return tuple(named.values())
+
+
+def _used(free: FreeAxes, inputs: Sequence[str]) -> set[str]:
+    return {name for each in inputs for name in free.axes.get(each, {}).values()}
+
+
+def _following(
+    module: nn.Module, arguments: Batch, inputs: Sequence[str], outputs: dict[str, Tensor], free: FreeAxes
+) -> dict[str, dict[int, str]]:
+    """Output -> axis -> name of the axes whose size changes with a free axis of an input, found by running again."""
+    found: dict[str, dict[int, str]] = {name: {} for name in outputs}
+    if not _used(free, inputs):
+        return found
+    mine = FreeAxes({name: axes for name, axes in free.axes.items() if name in inputs})
+    for called, size in sizes_of(arguments, mine).items():
+        other = size - 1 if size > 1 else size + 1
+        again = outputs_of(module, sized(arguments, mine, {called: other}), inputs)
+        for name, value in outputs.items():
+            if again[name].dim() != value.dim():
+                raise ModelError(
+                    f"output {name!r} has {value.dim()} axes at {called} {size}, {again[name].dim()} at {other}"
+                )
+            for axis in range(value.dim()):
+                if again[name].shape[axis] != value.shape[axis]:
+                    same = (value.shape[axis], again[name].shape[axis]) == (size, other)
+                    found[name][axis] = called if same else f"{name}_{axis}"
+    return found
 
 
 def _require_tensors(outputs: dict[str, Tensor]) -> None:

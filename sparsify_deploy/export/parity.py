@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,3 +59,18 @@ def compare(reference: Arrays, other: Arrays) -> Parity:
     if not sizes:
         raise ModelError("there is no output to compare")
     return Parity(absolute, relative, min(equal, default=None), min(sizes))
+
+
+def together(parts: Sequence[Parity]) -> Parity:
+    """Several comparisons as one, each weighted by its examples."""
+    if not parts:
+        raise ModelError("there is no output to compare")
+    agreed = [(part.top1_agreement, part.examples) for part in parts if part.top1_agreement is not None]
+    return Parity(
+        max_absolute=max(part.max_absolute for part in parts),
+        max_relative=max(part.max_relative for part in parts),
+        top1_agreement=sum(share * count for share, count in agreed) / sum(count for _, count in agreed)
+        if agreed
+        else None,
+        examples=sum(part.examples for part in parts),
+    )

@@ -1,4 +1,4 @@
-"""The workloads of an ONNX file, by shape inference with the batch size set to one."""
+"""The workloads of an ONNX file, by shape inference with the batch size set to one and free axes to typical sizes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from sparsify_deploy.errors import ModelError
 from sparsify_deploy.graph import file
+from sparsify_deploy.graph.axis_sizes import input_axes
 from sparsify_deploy.graph.constants import attribute, label
 from sparsify_deploy.graph.layers import weight_layers
 from sparsify_deploy.graph.workload import Tally, Workload
@@ -57,8 +58,11 @@ _LARGE = 4096
 def workloads(model: onnx.ModelProto) -> tuple[Workload, ...]:
     """One row a layer, in graph order, for one example: axis 0 of every input that leaves it open is 1.
 
+    Other open axes have the typical size that the file says.
+
     Raises:
-        ModelError: an input leaves another axis open, or shape inference does not know a shape; names it.
+        ModelError: an input leaves another axis open and the file does not say its size, or shape
+            inference does not know a shape; names it.
     """
     shapes = _shapes(model)
     tally = Tally()
@@ -91,7 +95,7 @@ def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
 
 
 def _for_one_example(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with the batch size 1 in every input, and with its large constants as inputs of the same shape."""
+    """The graph with the batch size 1 and typical sizes, and with its large constants as inputs of the same shape."""
     bare = onnx.ModelProto()
     bare.ir_version = model.ir_version
     bare.opset_import.extend(model.opset_import)
@@ -99,17 +103,19 @@ def _for_one_example(model: onnx.ModelProto) -> onnx.ModelProto:
     bare.graph.name = model.graph.name
     bare.graph.node.extend(model.graph.node)
     constant = {tensor.name for tensor in model.graph.initializer}
+    known = input_axes(model)
     for value in model.graph.input:
         if value.name in constant:
             continue
+        sizes = known.get(value.name, {})
         kept = bare.graph.input.add()
         kept.CopyFrom(value)
         for axis, dim in enumerate(kept.type.tensor_type.shape.dim):
             if dim.HasField("dim_value"):
                 continue
-            if axis:
+            if axis and axis not in sizes:
                 raise ModelError(f"input {value.name!r} leaves axis {axis} open: export it with a fixed size there")
-            dim.dim_value = 1
+            dim.dim_value = sizes[axis].typical if axis else 1
     for tensor in model.graph.initializer:
         if prod(tensor.dims) > _LARGE:
             bare.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, [*tensor.dims]))

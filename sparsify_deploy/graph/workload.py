@@ -4,7 +4,7 @@
 
 - a convolution or matrix product opens a layer; what is computed element by element from its output (activation,
   BatchNorm, residual add) fuses into it and costs only the bytes of what it reads besides;
-- an add of two layers fuses into the one that runs last;
+- an add of two layers fuses into the one that runs last, a mask computed from the inputs into the other;
 - product, softmax and product of an attention head are one layer, as fused attention kernels have it;
 - normalisation that is spelled out, two reductions and what stands between them, is one layer;
 - softmax alone, normalisation, pooling, embedding and all that is not known are layers of their own, without products;
@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
+
+_ELEMENTWISE = "Elementwise"
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,17 @@ class Tally:
         self._write(layer, sources, outputs)
 
     def pointwise(self, name: str, inputs: Iterable[Hashable], outputs: Sequence[tuple[Hashable, int]]) -> None:
-        """An operator that works element by element: it fuses into the last layer it reads."""
+        """An operator that works element by element: it fuses into the last layer it reads.
+
+        What is computed from the network's inputs alone, a mask say, can run before any other layer, so it comes last.
+        """
         sources = self.live(inputs)
         owners = [owner for key in sources if (owner := self._values[key].owner) is not None]
         if owners:
-            self._write(max(owners, key=lambda layer: layer.order), sources, outputs, fused=True)
+            last = max(owners, key=lambda layer: (layer.op != _ELEMENTWISE, layer.order))
+            self._write(last, sources, outputs, fused=True)
         else:
-            self.layer(name, "Elementwise", sources, outputs)
+            self.layer(name, _ELEMENTWISE, sources, outputs)
 
     def move(self, inputs: Iterable[Hashable], outputs: Sequence[tuple[Hashable, int]]) -> None:
         """An operator that only rearranges what it reads."""

@@ -58,12 +58,12 @@ class Decoder:
         return resized.crop((left, top, left + self.size, top + self.size))
 
 
-def check_pillow(purpose: str) -> None:
-    """Raises MissingExtra where Pillow is not installed."""
+def check_pillow(purpose: str, extra: str = "train") -> None:
+    """Raises MissingExtra, which names `extra`, where Pillow is not installed."""
     try:
         import PIL  # noqa: F401
     except ImportError as exc:
-        raise MissingExtra("Pillow", "train", purpose) from exc
+        raise MissingExtra("Pillow", extra, purpose) from exc
 
 
 def short(exc: Exception) -> str:

@@ -175,7 +175,9 @@ class CudaSession:
         for name, array in arrays.items():
             if not self._context.set_input_shape(name, array.shape):
                 shape = _tensors.shape_text(array.shape)
-                raise DataError(f"input {name!r} cannot be {shape}: the engine was built for other batch sizes")
+                raise DataError(
+                    f"input {name!r} cannot be {shape}: the engine was built for other batch sizes or lengths"
+                )
         sizes = {name: array.nbytes for name, array in arrays.items()}
         for tensor in self.outputs:
             axes = tuple(self._context.get_tensor_shape(tensor.name))

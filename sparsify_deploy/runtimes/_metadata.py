@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from sparsify_deploy import menu
 from sparsify_deploy.artifacts import environment
 from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import CorruptArtifact, DataError, UsageError
-from sparsify_deploy.types import BuildNotes, Json
+from sparsify_deploy.runtimes import _tensors
+from sparsify_deploy.types import BuildNotes, IOTensor, Json
 
 FORMAT = 1
 
@@ -80,6 +82,13 @@ def check(engine: Path, *, trust: bool) -> Json | None:
         if file_digest(file) != digest:
             raise CorruptArtifact(f"{file}: its bytes are not the ones {path.name} lists: build the engine again")
     return record
+
+
+def typical_shapes(engine: Path, tensors: Sequence[IOTensor], batch: int) -> dict[str, tuple[int, ...]]:
+    """`_tensors.typical_shapes` by the sizes that the record beside `engine` lists, if there is one."""
+    path = metadata_path(engine)
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return _tensors.typical_shapes(tensors, batch, record.get("facts", {}).get("axis_sizes", {}))
 
 
 def runtime_of(engine: Path) -> str:

@@ -125,6 +125,22 @@ def full_shapes(
     return found
 
 
+def typical_shapes(
+    tensors: Sequence[IOTensor], batch: int, sizes: Mapping[str, Mapping[str, Sequence[int]]]
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each input whose free axes besides the first all have `sizes`: the typical ones.
+
+    `sizes` is input to axis, as text, to its least, typical and largest size; `batch` goes on a free axis 0.
+    """
+    found = {}
+    for tensor in tensors:
+        known = {0: batch, **{int(axis): typical for axis, (_, typical, _) in sizes.get(tensor.name, {}).items()}}
+        shape = [known.get(i) if axis is None else axis for i, axis in enumerate(tensor.shape)]
+        if tensor.name in sizes and None not in shape:
+            found[tensor.name] = tuple(axis for axis in shape if axis is not None)
+    return found
+
+
 def random_inputs(
     tensors: Sequence[IOTensor], shapes: Mapping[str, tuple[int, ...]], integers: tuple[int, int] = (0, 1)
 ) -> dict[str, NDArray[Any]]:

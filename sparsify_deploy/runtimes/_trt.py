@@ -75,7 +75,9 @@ class BuilderParams(Base):
     opt_batch: int = Field(1, ge=1, description="the batch size that the engine is tuned for")
     max_batch: int = Field(32, ge=1)
     shapes: dict[str, ShapeRange] = Field(
-        {}, description="input name to {min, opt, max} shapes; needed where another axis than the batch is dynamic"
+        {},
+        description="input name to {min, opt, max} shapes; needed where another axis than the batch is dynamic and the "
+        "file does not say which sizes it takes, as a file exported here from text data does",
     )
     optimization_level: int | None = Field(None, ge=0, le=5, description="none: the builder's default")
     workspace_mib: int | None = Field(None, ge=1, description="none: all of the GPU's memory")
@@ -134,6 +136,7 @@ def build(
     where the file cannot be parsed or built (with node, operator and what to do), NativeCrash where the builder
     crashes or outruns its time limit.
     """
+    from sparsify_deploy.graph import axis_sizes
     from sparsify_deploy.graph.file import load
 
     model = load(onnx)
@@ -154,6 +157,7 @@ def build(
             "log": str(log.resolve()),
             "quantised": any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node),
             "scratch": scratch,
+            "axis_sizes": axis_sizes.plain(model),
             "progress": str(told),
             "gpu": gpu,
             "timing_cache_asked": params.timing_cache,
@@ -169,7 +173,8 @@ def build(
         )
     if "failed" in answer:
         raise ModelError(refusal(flavour.name, onnx, answer))
-    return answer["facts"], tuple(answer["warnings"]), time.perf_counter() - started
+    sizes = {"axis_sizes": request["axis_sizes"]} if request["axis_sizes"] else {}
+    return {**answer["facts"], **sizes}, tuple(answer["warnings"]), time.perf_counter() - started
 
 
 def follow(told: Path, name: str, progress: Progress) -> Callable[[], None]:

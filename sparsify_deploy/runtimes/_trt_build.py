@@ -152,10 +152,10 @@ def add_profile(builder: Any, config: Any, network: Any, request: Json) -> Json:
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
         shape, asked = tuple(tensor.shape), given.pop(tensor.name, None)
-        if asked is None and -1 in shape[1:]:
-            return {"reason": _no_range(tensor.name, shape)}
         if asked is None:
-            sizes = [(request[key], *shape[1:]) for key in ("min_batch", "opt_batch", "max_batch")]
+            sizes = _sizes(shape, request, request.get("axis_sizes", {}).get(tensor.name, {}))
+            if any(-1 in size[1:] for size in sizes):
+                return {"reason": _no_range(tensor.name, shape)}
         else:
             sizes = [tuple(asked[key]) for key in ("min", "opt", "max")]
             if not all(_fits(size, shape) for size in sizes):
@@ -169,6 +169,15 @@ def add_profile(builder: Any, config: Any, network: Any, request: Json) -> Json:
     if dynamic:
         config.add_optimization_profile(profile)
     return None
+
+
+def _sizes(shape: Sequence[int], request: Json, known: Mapping[str, Sequence[int]]) -> list[tuple[int, ...]]:
+    """The least, typical and largest shape: batch sizes as the request has them, free axes as the file has them."""
+    found = []
+    for i, batch in enumerate(("min_batch", "opt_batch", "max_batch")):
+        rest = [known[str(axis)][i] if n == -1 and str(axis) in known else n for axis, n in enumerate(shape)][1:]
+        found.append((*([request[batch] if shape[0] == -1 else shape[0]] if shape else []), *rest))
+    return found
 
 
 def _fits(size: Sequence[int], shape: Sequence[int]) -> bool:

@@ -65,6 +65,7 @@ def build(onnx: Path, engine: Path, params: Params, /, *, progress: Progress | N
 
     Weights that lie in other files are taken into the copy: the engine is one file.
     """
+    from sparsify_deploy.graph import axis_sizes
     from sparsify_deploy.graph.file import load
 
     model = load(onnx)
@@ -85,6 +86,7 @@ def build(onnx: Path, engine: Path, params: Params, /, *, progress: Progress | N
         seconds=time.perf_counter() - started,
         options={"provider": params.provider, "graph_optimization_level": "all"},
         runs_here=True,
+        facts={"axis_sizes": sizes} if (sizes := axis_sizes.plain(model)) else {},
     )
     _metadata.write_metadata(engine, notes, file_digest(onnx), params)
     return notes

@@ -68,6 +68,7 @@ def cannot_run_reason() -> str | None:
 
 def build(onnx: Path, engine: Path, params: Params, /, *, progress: Progress | None = None) -> BuildNotes:
     """Convert an ONNX file to an IR. Raises ModelError naming what OpenVINO cannot convert."""
+    from sparsify_deploy.graph import axis_sizes
     from sparsify_deploy.graph.file import load
     from sparsify_deploy.graph.flavour import unsigned_
 
@@ -95,6 +96,7 @@ def build(onnx: Path, engine: Path, params: Params, /, *, progress: Progress | N
         runs_here=lacking is None,
         label="" if lacking is None else "built, not run here",
         warnings=() if lacking is None else (lacking,),
+        facts={"axis_sizes": sizes} if (sizes := axis_sizes.plain(loaded)) else {},
     )
     _metadata.write_metadata(engine, notes, file_digest(onnx), params)
     return notes

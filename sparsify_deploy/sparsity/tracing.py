@@ -14,17 +14,22 @@ from sparsify_deploy.errors import ModelError
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 WEIGHTED: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.Linear)
+EXPORTED = "exported"
+"""The key in a GraphModule's `meta` that says it is a graph as `trace` makes them, and need not be traced."""
 
 
 def trace(model: nn.Module, arguments: int = 0) -> fx.GraphModule:
     """A deep copy of `model` in eval mode, traced; parameter names and the module hierarchy are kept.
 
     Arguments of `forward` that have a default are fixed to it, except the first `arguments`. Modules that no path
-    reaches are left out of the copy. Functional dropout becomes what it is in eval mode, nothing.
+    reaches are left out of the copy. Functional dropout becomes what it is in eval mode, nothing. A graph that is
+    marked `EXPORTED` is copied as it is.
 
     Raises:
         ModelError: the network cannot be copied or traced, naming the module and torch.fx's reason.
     """
+    if isinstance(model, fx.GraphModule) and model.meta.get(EXPORTED):
+        return copy.deepcopy(model).eval()
     tracer = _Tracer()
     try:
         root = copy.deepcopy(model).eval()
@@ -40,6 +45,14 @@ def trace(model: nn.Module, arguments: int = 0) -> fx.GraphModule:
     return fx.GraphModule(root, graph, type(model).__name__)
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Whether a graph calls `module` as a whole: it is torch's own, or a weighted layer or BatchNorm of any class."""
+    return isinstance(module, (*WEIGHTED, _BatchNorm)) or _ANY.is_leaf_module(module, "")
+
+
+_ANY = fx.Tracer()
+
+
 class _Tracer(fx.Tracer):
     """Stops at weighted layers and BatchNorms of any class, so that subclasses outside torch.nn stay modules too."""
 
@@ -48,7 +61,7 @@ class _Tracer(fx.Tracer):
         self.path = ""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (*WEIGHTED, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
+        return is_layer(m)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

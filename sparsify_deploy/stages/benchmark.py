@@ -25,17 +25,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+FLOAT_FILE = "float.onnx"
+"""The ONNX file of a `float` variant, beside its engine."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One runner: its label in the reports, the input it comes from, and what that is.
 
-    An engine is raced as it is. An ONNX file is built here: as it is, at the runtime's lower float precision, or with
-    its zeros replaced (`dense_weights`). `kept`: the verdict may ship it, so its engine is left as an output.
+    An engine is raced as it is. An ONNX file is built here: as it is, at the runtime's lower float precision, with its
+    zeros replaced (`dense_weights`), or without Q/DQ (`float`). `kept`: the verdict may ship it, so its engine is left
+    as an output.
     """
 
     label: str
     source: str
-    kind: Literal["onnx", "engine", "lower_precision", "dense_weights"]
+    kind: Literal["onnx", "engine", "lower_precision", "dense_weights", "float"]
     kept: bool = False
 
     @property
@@ -83,7 +88,8 @@ class BenchmarkEngines:
 
     def unmet(self) -> Sequence[str]:
         reason = menu.entry("runtimes", self.runtime).unavailable_reason()
-        return [*unmet_packages("benchmark", "torch"), *([f"{self.runtime}: {reason}"] if reason else [])]
+        packages = unmet_packages("benchmark", *self.subject.packages)
+        return [*packages, *([f"{self.runtime}: {reason}"] if reason else [])]
 
     def preflight(self) -> None:
         """Nothing shows before its inputs are there."""
@@ -121,7 +127,7 @@ class BenchmarkEngines:
             metrics={
                 v.label: self._metrics(engines[v.label])
                 for v in self.variants
-                if v.kind == "lower_precision" and v.label in engines
+                if v.kind in ("lower_precision", "float") and v.label in engines and self.subject.measured
             },
             left_out=left_out,
             profiles={
@@ -137,6 +143,7 @@ class BenchmarkEngines:
         """The engine of a variant, built where it is none yet; a line where this machine cannot run it."""
         from sparsify_deploy.graph import file
         from sparsify_deploy.graph.dense_weights import fill_zeros_
+        from sparsify_deploy.graph.dequantized import without_quantizers_
 
         runtime = menu.entry("runtimes", self.runtime)
         if variant.kind == "engine":
@@ -151,6 +158,12 @@ class BenchmarkEngines:
             fill_zeros_(model, self.subject.seed)
             source = folder / "dense_weights.onnx"
             file.save(model, source)
+        elif variant.kind == "float":
+            model = file.load(source)
+            without_quantizers_(model)
+            source = folder / FLOAT_FILE
+            file.check(model, source)
+            file.save(model, source)
         engine = engine_file(folder, self.runtime)
         notes: BuildNotes = runtime.build(source, engine, params, progress=context.progress)
         if not notes.runs_here:
@@ -159,8 +172,8 @@ class BenchmarkEngines:
         return _Raced(engine, params)
 
     def _batch(self, size: int) -> dict[str, NDArray[Any]]:
-        example = self.subject.example(max(self._sizes))
-        return {name: example[name].numpy()[:size] for name in self.subject.examples.inputs}
+        example = self.subject.timed_arrays(max(self._sizes))
+        return {name: example[name][:size] for name in self.subject.examples.inputs}
 
     def _race(self, engines: Mapping[str, _Raced], size: int, done: int, context: Context) -> Race:
         runtime = menu.entry("runtimes", self.runtime)

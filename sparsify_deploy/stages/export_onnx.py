@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from sparsify_deploy import menu
-from sparsify_deploy.errors import CheckFailed
+from sparsify_deploy.errors import CheckFailed, ModelError
 from sparsify_deploy.recipe import NM, Export
 from sparsify_deploy.recipe import Quantize as QuantizeSection
 from sparsify_deploy.stages.base import Estimate
-from sparsify_deploy.stages.inference import run_all
+from sparsify_deploy.stages.inference import batches_of_test, run_all
 from sparsify_deploy.stages.predictions import predictable
 from sparsify_deploy.stages.quantize import rebuild
 from sparsify_deploy.stages.subject import Subject, reproducible, unmet_packages
@@ -25,6 +25,17 @@ if TYPE_CHECKING:
     from sparsify_deploy.export.parity import Parity
     from sparsify_deploy.sparsity.mask import Mask
     from sparsify_deploy.types import Arrays
+
+_PIECE = 32
+"""Examples a batch of the parity check where batches differ in size."""
+
+_FAR = 100
+"""How much farther from torch a file is at other sizes if one of them became a constant."""
+
+_CONSTANT = (
+    "a size became a constant when the network was traced; compute it from a tensor's shape in forward, or give all "
+    "examples one size"
+)
 
 
 @dataclass(frozen=True)
@@ -81,28 +92,82 @@ class ExportOnnx:
 
 
 def check_parity(subject: Subject, export: Export, model: nn.Module, path: Path, *, quantised: bool) -> Parity:
-    """Torch against ONNX Runtime on test examples; `CheckFailed` beyond the recipe's limits."""
-    import torch
+    """Torch against ONNX Runtime on test examples; `CheckFailed` beyond the recipe's limits.
 
-    from sparsify_deploy.export.parity import compare
-    from sparsify_deploy.training.loop import predict
-
-    split = subject.examples.split("test")
-    indices = torch.arange(min(export.parity_examples, len(split)))
-    reference, batch = predict(model, split, subject.examples.inputs, indices)
-    parity = compare(reference, onnx_outputs(path, {k: batch[k] for k in subject.examples.inputs}))
+    Where the size of an axis differs between batches, batch by batch, and once more at its least and largest size.
+    """
+    parity = _parity(subject, export, model, path)
     if not quantised:
         if parity.max_relative > export.max_relative_difference:
             raise CheckFailed(
                 f"{path}: differs from torch by {parity.max_relative:.2e} of the largest output, "
                 f"more than export.max_relative_difference {export.max_relative_difference:g}; it is kept"
+                + _traced_alone(subject, model, path, parity)
             )
     elif parity.top1_agreement is not None and parity.top1_agreement < export.min_top1_agreement:
         raise CheckFailed(
             f"{path}: agrees with torch on {parity.top1_agreement:.2%} of {parity.examples} top-1 answers, "
             f"less than export.min_top1_agreement {export.min_top1_agreement:g}; the file is kept"
+            + _traced_alone(subject, model, path, parity)
         )
     return parity
+
+
+def _parity(subject: Subject, export: Export, model: nn.Module, path: Path) -> Parity:
+    import torch
+
+    from sparsify_deploy.export.parity import compare, together
+    from sparsify_deploy.training.loop import predict
+
+    split, names = subject.examples.split("test"), subject.examples.inputs
+    count = min(export.parity_examples, len(split))
+    if not subject.free_axes:
+        reference, batch = predict(model, split, names, torch.arange(count))
+        return compare(reference, onnx_outputs(path, {name: batch[name] for name in names}))
+    parts = [_compared(model, path, batch, names) for batch in batches_of_test(subject, _PIECE, count)]
+    extremes = [_compared(model, path, {k: v.numpy() for k, v in each.items()}, names) for each in subject.extremes()]
+    found = together(parts)
+    # the examples there are filled up with their own tokens: no share of right answers can be drawn from them
+    return dataclasses.replace(found, max_relative=max(part.max_relative for part in (found, *extremes)))
+
+
+def _traced_alone(subject: Subject, model: nn.Module, path: Path, found: Parity) -> str:
+    """The end of an error where the file answers as torch does at the sizes it was traced with, and only there."""
+    from sparsify_deploy.export.parity import compare
+
+    if not subject.free_axes:
+        return ""
+    batch, names = subject.timed_arrays(1), subject.examples.inputs
+    traced = compare(torch_outputs(model, batch, names), onnx_outputs(path, {name: batch[name] for name in names}))
+    if traced.max_relative > found.max_relative / _FAR:
+        return ""
+    shapes = ", ".join(f"{name} {batch[name].shape}" for name in names)
+    return f"; it agrees with torch at {shapes}, as it was traced: {_CONSTANT}"
+
+
+def _compared(model: nn.Module, path: Path, batch: Arrays, names: Sequence[str]) -> Parity:
+    from sparsify_deploy.export.parity import compare
+
+    reference = torch_outputs(model, batch, names)
+    try:
+        return compare(reference, onnx_outputs(path, {name: batch[name] for name in names}))
+    except ModelError as error:
+        shapes = ", ".join(f"{name} {batch[name].shape}" for name in names)
+        raise ModelError(f"{path}: does not take {shapes}, though torch does: {_CONSTANT} ({error})") from error
+
+
+def torch_outputs(model: nn.Module, batch: Arrays, names: Sequence[str]) -> Arrays:
+    """What a network in evaluation mode answers to one batch."""
+    import torch
+
+    from sparsify_deploy.types import outputs_of
+
+    given = {name: torch.from_numpy(batch[name]) for name in names}
+    with torch.no_grad():
+        outputs = outputs_of(model, given, names)
+    return {
+        name: value.float().numpy() if value.is_floating_point() else value.numpy() for name, value in outputs.items()
+    }
 
 
 def onnx_outputs(path: Path, batch: Arrays) -> Arrays:
@@ -137,6 +202,7 @@ def write_onnx(subject: Subject, settings: Export, model: nn.Module, path: Path)
         path,
         opset=settings.opset,
         dynamic_batch=settings.dynamic_batch,
+        free=subject.free_axes,
     )
     if settings.int8_weights:
         written = file.load(path)

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from sparsify_deploy import menu
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.subject import Subject
+from sparsify_deploy.stages.training_checks import mixing
 from sparsify_deploy.training.settings import Training
 from sparsify_deploy.types import Context, Json
 
@@ -76,7 +77,9 @@ def fit_(
     """
     from sparsify_deploy.training.cost import training_cost
     from sparsify_deploy.training.evaluation import evaluate
+    from sparsify_deploy.training.forward import contiguous_
     from sparsify_deploy.training.loop import Trainer
+    from sparsify_deploy.training.vision import Pixels
 
     examples, task = subject.examples, subject.opened_task
     trainer = Trainer(
@@ -89,11 +92,16 @@ def fit_(
         folder=out,
         context=context,
         augment=subject.data.augment,
+        pixels=Pixels.of(examples),
+        mixing=mixing(subject, fit.training, model),
         label=f"{fit.phase}-{part + 1}" if part else fit.phase,
         distillation=distillation,
         evaluate=lambda: evaluate(model, task, examples.split("test"), examples.inputs),
+        validation=examples.split("validation") if fit.training.measures else None,
     )
     after: Mask | None = menu.entry("methods", fit.method).train(trainer, mask, fit.params, fit.density)
+    if fit.training.channels_last:
+        contiguous_(model)
     cost = training_cost(model, subject.example(), examples.inputs, trainer.history)
     return after, {"method": fit.method, "history": dataclasses.asdict(trainer.history), "cost": cost}
 

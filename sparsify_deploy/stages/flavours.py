@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -12,14 +12,18 @@ from sparsify_deploy import menu
 from sparsify_deploy.recipe import NM, Export
 from sparsify_deploy.recipe import Quantize as QuantizeSection
 from sparsify_deploy.stages.base import Estimate
+from sparsify_deploy.stages.calibration import calibration_files, calibration_methods
 from sparsify_deploy.stages.export_onnx import check_parity, check_pattern, network_of, onnx_outputs
-from sparsify_deploy.stages.inference import run_all
+from sparsify_deploy.stages.inference import batches_of_test, run_all
 from sparsify_deploy.stages.subject import Subject, reproducible, unmet_packages
 from sparsify_deploy.types import Context, Facts
 
 if TYPE_CHECKING:
     from sparsify_deploy.graph.flavour import Rewritten
     from sparsify_deploy.types import Arrays
+
+_PIECE = 32
+"""Examples a batch of the comparison where batches differ in size."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,10 @@ class ExportFlavour:
 
     def methods(self) -> Mapping[str, int]:
         version: int = menu.entry("runtimes", "onnxruntime").VERSION
-        return {**self.subject.methods(), "runtimes/onnxruntime": version}
+        return {**self.subject.methods(), **calibration_methods(self.quantize), "runtimes/onnxruntime": version}
 
     def files(self) -> Mapping[str, Path]:
-        return self.subject.files()
+        return {**self.subject.files(), **calibration_files(self.quantize)}
 
     def unmet(self) -> Sequence[str]:
         return unmet_packages("export_onnx.onnxruntime", "torch", "modelopt", "onnxruntime")
@@ -58,21 +62,26 @@ class ExportFlavour:
         return Estimate()
 
     def run(self, inputs: Mapping[str, Path], out: Path, context: Context) -> Facts:
-        from sparsify_deploy.export.parity import compare
+        from sparsify_deploy.export.parity import compare, together
         from sparsify_deploy.sparsity.mask import Mask
 
         reproducible(context)
         path = out / self.outputs["onnx"]
         names = self.subject.examples.inputs
-        calibration = self.subject.calibration(self.quantize.calibration_batches, self.batch_size)
+        settings = self.quantize
+        calibration = self.subject.calibration(settings.calibration_batches, self.batch_size, settings.calibration_data)
         batches = [{name: batch[name].numpy() for name in names} for batch in calibration]
         rewritten = write_onnxruntime(inputs["onnx"], path, batches)
         for layer, reason in rewritten.float_layers.items():
             context.progress.say(f"onnxruntime flavour: {layer} runs in float: {reason}")
         model = network_of(self.subject, self.quantize, inputs)
         parity = check_parity(self.subject, self.export, model, path, quantised=True)
-        examples = {name: self.subject.example(parity.examples)[name].numpy() for name in names}
-        between = compare(onnx_outputs(inputs["onnx"], examples), onnx_outputs(path, examples))
+        between = together(
+            [
+                compare(onnx_outputs(inputs["onnx"], examples), onnx_outputs(path, examples))
+                for examples in self._examples(parity.examples)
+            ]
+        )
         mask = Mask.load(inputs["mask"]) if "mask" in inputs else None
         return {
             "opset": self.export.opset,
@@ -88,6 +97,12 @@ class ExportFlavour:
             "nm_checked": check_pattern(path, self.nm, mask),
             "bytes": path.stat().st_size,
         }
+
+    def _examples(self, count: int) -> Iterator[Arrays]:
+        """The inputs of the first `count` test examples, at once, or in batches where these differ in size."""
+        batches = batches_of_test(self.subject, _PIECE, count)
+        whole = batches if self.subject.free_axes else [self.subject.test_arrays(count)]
+        yield from ({name: batch[name] for name in self.subject.examples.inputs} for batch in whole)
 
 
 def write_onnxruntime(source: Path, target: Path, batches: Iterable[Arrays]) -> Rewritten:

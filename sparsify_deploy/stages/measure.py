@@ -87,13 +87,27 @@ class Measure:
         )
         (out / self.outputs["report"]).write_text(dump(report), encoding="utf-8")
         context.progress.say(_line(report))
+        loaded = self.subject.loaded
         return {
             "metrics": metrics,
             "sparsity": report.sparsity,
             "usable_sparsity": report.usable_sparsity,
-            # a data set may say what it left out; the protocol does not ask it to
-            "data_notes": list(getattr(self.subject.examples, "notes", ())),
+            "data_notes": [
+                *self.subject.data_notes,
+                *self._timed_sizes(),
+                *([loaded.line] if loaded else []),
+                *getattr(model, "meta", {}).get("notes", ()),
+            ],
+            "checkpoint": loaded.facts if loaded else None,
         }
+
+    def _timed_sizes(self) -> list[str]:
+        """Which size of each free axis latencies are of."""
+        return [
+            f"data: {name} differs between batches, {size.least} to {size.largest}; latencies, costs and "
+            f"predictions are of {size.typical}, the typical one"
+            for name, size in self.subject.free_axes.sizes.items()
+        ]
 
     def _latencies(self, onnx: Path, out: Path, context: Context) -> list[Latency]:
         """Latency at each batch size in the recipe's first runtime; none where that cannot run here."""
@@ -105,7 +119,7 @@ class Measure:
             return []
         engine = out / f"measured{runtime.SUFFIX}"
         runtime.build(onnx, engine, self.params)
-        example = {k: v.numpy() for k, v in self.subject.example(max(self.benchmark.batch_sizes)).items()}
+        example = self.subject.timed_arrays(max(self.benchmark.batch_sizes))
         found = []
         for size in self.benchmark.batch_sizes:
             inputs = {name: example[name][:size] for name in self.subject.examples.inputs}

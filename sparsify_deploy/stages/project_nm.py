@@ -18,6 +18,7 @@ from sparsify_deploy.stages.choice import already, keep_worst, loosened
 from sparsify_deploy.stages.fitting import Fit, estimate, fit_, hold
 from sparsify_deploy.stages.subject import Subject, reproducible, save_weights, unmet_packages
 from sparsify_deploy.stages.teacher import check_teacher, taught, teacher_files, teacher_inputs
+from sparsify_deploy.stages.training_checks import check_training, unmet_by_training
 from sparsify_deploy.training.settings import Distillation, Training
 from sparsify_deploy.types import Context, Facts, Json
 
@@ -65,13 +66,14 @@ class ProjectNM:
         return {**self.subject.files(), **teacher_files(self.distillation)}
 
     def unmet(self) -> Sequence[str]:
-        return unmet_packages("project_nm", "torch")
+        return [*unmet_packages("project_nm", "torch"), *unmet_by_training(self.subject, self.training)]
 
     def preflight(self) -> None:
         from sparsify_deploy.sparsity.layers import prunable
 
         choose(prunable(self.subject.check_network()), self.nm)
         self._fits()
+        check_training(self.subject, self.training, self.subject.check_network())
         check_teacher(self.distillation, self.subject)
 
     def estimate(self) -> Estimate:

@@ -12,9 +12,11 @@ from sparsify_deploy import menu
 from sparsify_deploy.errors import CheckFailed
 from sparsify_deploy.recipe import Quantize as QuantizeSection
 from sparsify_deploy.stages.base import Estimate
+from sparsify_deploy.stages.calibration import calibration_files, calibration_methods
 from sparsify_deploy.stages.fitting import estimate, fit_, hold
 from sparsify_deploy.stages.subject import Subject, load_tensors, reproducible, save_tensors, unmet_packages
 from sparsify_deploy.stages.teacher import check_teacher, taught, teacher_files, teacher_inputs
+from sparsify_deploy.stages.training_checks import check_training, unmet_by_training
 from sparsify_deploy.training.settings import Distillation, Training
 from sparsify_deploy.types import Context, Facts, Json
 
@@ -43,19 +45,23 @@ class Quantize:
 
     def methods(self) -> Mapping[str, int]:
         held = {f"methods/{name}": menu.entry("methods", name).VERSION for name in ("dense", "static")}
-        return {**self.subject.methods(), **held}
+        return {**self.subject.methods(), **calibration_methods(self.quantize), **held}
 
     def files(self) -> Mapping[str, Path]:
-        return {**self.subject.files(), **teacher_files(self.distillation)}
+        return {**self.subject.files(), **calibration_files(self.quantize), **teacher_files(self.distillation)}
 
     def unmet(self) -> Sequence[str]:
-        return unmet_packages("quantize", "torch", "modelopt", "requests", "huggingface_hub")
+        needed = unmet_packages("quantize", "torch", "modelopt", "requests", "huggingface_hub")
+        return [*needed, *unmet_by_training(self.subject, self.training)]
 
     def preflight(self) -> None:
         from sparsify_deploy.quantization.table import check_patterns
 
         names = [name for name, _ in self.subject.check_traceable().named_modules() if name]
         check_patterns(self.quantize.keep_float, names)
+        if self.quantize.calibration_data is not None:
+            self.subject.calibration_examples(self.quantize.calibration_data)
+        check_training(self.subject, self.training, self.subject.check_network())
         check_teacher(self.distillation, self.subject, folded=True)
 
     def estimate(self) -> Estimate:
@@ -71,11 +77,13 @@ class Quantize:
         self.subject.check_fits(model)
         quantized = int8.prepare(model, settings_of(self.quantize))
         quantized.module.to(device)
-        batches = self.subject.calibration(self.quantize.calibration_batches, self.batch_size)
+        other = self.quantize.calibration_data
+        batches = self.subject.calibration(self.quantize.calibration_batches, self.batch_size, other)
         notes = int8.calibrate_(quantized, batches, self.subject.examples.inputs)
         facts: dict[str, Json] = {
             "placement": [dataclasses.asdict(row) for row in quantized.placement],
             "calibration": dataclasses.asdict(notes),
+            "calibration_notes": list(self.subject.calibration_examples(other)[1]) if other is not None else [],
         }
         if self.training is not None:
             held = hold(mask is not None, self.training, phase="qat")

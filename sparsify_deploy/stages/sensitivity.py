@@ -17,6 +17,7 @@ from sparsify_deploy.recipe import NM
 from sparsify_deploy.recipe import Quantize as QuantizeSection
 from sparsify_deploy.reports import LayerSensitivity, Score, SensitivityReport, dump
 from sparsify_deploy.stages.base import Estimate
+from sparsify_deploy.stages.calibration import calibration_files, calibration_methods
 from sparsify_deploy.stages.project_nm import choose
 from sparsify_deploy.stages.quantize import Quantize, settings_of
 from sparsify_deploy.stages.subject import Subject, reproducible, unmet_packages
@@ -63,10 +64,10 @@ class Sensitivity:
     environment: ClassVar[tuple[str, ...]] = ("modelopt",)
 
     def methods(self) -> Mapping[str, int]:
-        return self.subject.methods()
+        return {**self.subject.methods(), **calibration_methods(self.quantize)}
 
     def files(self) -> Mapping[str, Path]:
-        return self.subject.files()
+        return {**self.subject.files(), **calibration_files(self.quantize)}
 
     def unmet(self) -> Sequence[str]:
         return unmet_packages("sensitivity", "torch", "modelopt", "requests", "huggingface_hub")
@@ -129,7 +130,9 @@ class Sensitivity:
         try:
             quantized = int8.prepare(model, settings_of(self.quantize))
             quantized.module.to(device)
-            batches = self.subject.calibration(self.quantize.calibration_batches, self.batch_size)
+            batches = self.subject.calibration(
+                self.quantize.calibration_batches, self.batch_size, self.quantize.calibration_data
+            )
             int8.calibrate_(quantized, batches, self.subject.examples.inputs)
         except ModelError as error:
             return None, str(error)

@@ -8,17 +8,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from sparsify_deploy import menu
-from sparsify_deploy.errors import DataError, EnvironmentProblem, ModelError, is_out_of_memory
-from sparsify_deploy.recipe import Data, Model, TaskSection
+from sparsify_deploy import menu, usercode
+from sparsify_deploy.errors import DataError, EnvironmentProblem, ModelError, SparsifyError, is_out_of_memory
+from sparsify_deploy.recipe import CalibrationData, Data, Model, TaskSection
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from sparsify_deploy.types import Batch, Context, DataSet, Task
+    from sparsify_deploy.datasets._labels import Judged
+    from sparsify_deploy.export.axes import FreeAxes
+    from sparsify_deploy.models._checkpoint import Loaded
+    from sparsify_deploy.models._exported import Exported
+    from sparsify_deploy.types import Arrays, Batch, Context, DataSet, Split, Task
+
+_TRIED = 8
+"""Test examples on which a user's own task is tried."""
 
 
 @dataclass(frozen=True)
@@ -30,41 +37,58 @@ class Subject:
     task: TaskSection
     seed: int
 
+    trusted: ClassVar[bool] = False
+    """Whether checkpoints may run the code they hold."""
+
     def methods(self) -> dict[str, int]:
         """The menu entries in use with their versions."""
         chosen = {"models": self.model.source, "datasets": self.data.source, "tasks": self.task.name}
         return {f"{kind}/{name}": menu.entry(kind, name).VERSION for kind, name in chosen.items()}
 
     def files(self) -> dict[str, Path]:
-        """The files that define the network and the data."""
+        """The files that define the network, the data and the task."""
         found = {
             f"model.{k}": v for k, v in menu.entry("models", self.model.source).files(self.model.params).items()
         } | {f"data.{k}": v for k, v in menu.entry("datasets", self.data.source).files(self.data.params).items()}
+        found |= {f"task.{k}": v for k, v in menu.entry("tasks", self.task.name).files(self.task.params).items()}
         if self.model.checkpoint is not None:
             if self.model.checkpoint.is_dir():
                 raise DataError(f"model.checkpoint: {self.model.checkpoint} is a folder: name the file in it")
             found["model.checkpoint"] = self.model.checkpoint
         return found
 
-    def runs_user_code(self) -> list[str]:
-        """The sections whose source executes a Python file of the user."""
-        return [
-            section
-            for section, kind, name in (("model", "models", self.model.source), ("data", "datasets", self.data.source))
-            if menu.entry(kind, name).RUNS_USER_CODE
-        ]
-
     @cached_property
     def examples(self) -> DataSet:
-        """The opened data set."""
+        """The opened data set, its labels judged. Raises DataError."""
+        from sparsify_deploy.datasets._labels import judge
+
         opened: DataSet = menu.entry("datasets", self.data.source).open(self.data.params)
+        judge(opened)
         return opened
+
+    @property
+    def data_notes(self) -> tuple[str, ...]:
+        """What a reader of a report must know of the data and its labels."""
+        return (*getattr(self.examples, "notes", ()), *self._judged.notes)
+
+    @property
+    def class_counts(self) -> tuple[int, ...] | None:
+        """The training examples of each label from 0; None where the data do not tell or labels are no classes."""
+        return self._judged.class_counts
+
+    @cached_property
+    def _judged(self) -> Judged:
+        from sparsify_deploy.datasets._labels import judge
+
+        return judge(self.examples)
 
     @cached_property
     def opened_task(self) -> Task:
-        """The task with its parameters."""
+        """The task with its parameters, which may ask for the class counts once it needs them."""
         created: Task = menu.entry("tasks", self.task.name).create(self.task.params)
-        return created
+        counting = getattr(created, "counting", None)
+        counted: Task = counting(lambda: self.class_counts) if counting is not None else created
+        return counted
 
     def network(self, weights: Path | None = None) -> nn.Module:
         """A fresh network: initialised from the recipe's seed, or from its checkpoint, or from `weights`."""
@@ -77,11 +101,46 @@ class Subject:
             torch.manual_seed(self.seed)
             model: nn.Module = menu.entry("models", self.model.source).build(self.model.params)
         if weights is None and self.model.checkpoint is not None:
-            load_checkpoint(model, self.model.checkpoint)
-        model = unpack_attention_(model)
+            self._loads["checkpoint"] = load_checkpoint(
+                model,
+                self.model.checkpoint,
+                partial=self.model.checkpoint_partial,
+                match=self.model.checkpoint_match,
+                trusted=self.trusted,
+            )
+        model = self._followable(unpack_attention_(model))
         if weights is not None:
             load_weights_(model, weights)
         return model
+
+    def _followable(self, model: nn.Module) -> nn.Module:
+        """`model`, or on the same weights the graph that torch.export makes of it where torch.fx cannot trace it."""
+        from sparsify_deploy.models._exported import followable
+
+        def batches() -> tuple[list[Batch], dict[str, tuple[int, ...]]]:
+            inputs, axes = self.examples.inputs, self.free_axes.axes
+            given: list[Batch] = [{name: batch[name] for name in inputs} for batch in map(self.example, (2, 3, 1))]
+            return given, {name: (0, *axes.get(name, ())) for name in inputs}
+
+        if not self._graphs:
+            self._graphs.append(followable(model, batches))
+        (graph,) = self._graphs
+        return model if graph is None else graph.over(model)
+
+    @cached_property
+    def _graphs(self) -> list[Exported | None]:
+        return []
+
+    @cached_property
+    def _loads(self) -> dict[str, Loaded]:
+        return {}
+
+    @property
+    def loaded(self) -> Loaded | None:
+        """What became of the recipe's checkpoint; None where it names none."""
+        if self.model.checkpoint is not None and not self._loads:
+            self.check_network()
+        return self._loads.get("checkpoint")
 
     def check_network(self) -> nn.Module:
         """The untrained network, built and run on one example, once a process; `ModelError` where that fails."""
@@ -103,43 +162,162 @@ class Subject:
 
         return fold_batchnorm(self._checked)
 
-    def calibration(self, batches: int, batch_size: int) -> list[Batch]:
-        """`batches` training batches without augmentation, the same for every stage and branch."""
+    def calibration(self, batches: int, batch_size: int, data: CalibrationData | None = None) -> list[Batch]:
+        """`batches` training batches without augmentation, the same for every stage and branch.
+
+        With `data` they come from there, and hold no more than the inputs.
+        """
         from sparsify_deploy.training.loop import training_batches
 
-        split = self.examples.split("train")
+        split = self.examples.split("train") if data is None else self.calibration_examples(data)[0]
         return training_batches(split, seed=self.seed, batch_size=min(batch_size, len(split)), count=batches)
 
-    def example(self, count: int = 1) -> Batch:
-        """The first `count` test examples, from the start again where there are fewer."""
+    @property
+    def measured(self) -> bool:
+        """Whether there are examples to take metrics on."""
+        return True
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What reading the examples needs."""
+        return ("torch",)
+
+    def test_arrays(self, count: int | None = None) -> Arrays:
+        """The first `count` test examples as `example` has them; None: all of them, once."""
         import torch
 
         test = self.examples.split("test")
-        return test.take(torch.arange(count) % len(test))
+        batch = test.take(torch.arange(len(test))) if count is None else self.example(count)
+        return {name: values.numpy() for name, values in batch.items()}
 
-    def check_fits(self, model: nn.Module) -> None:
-        """Run one test example through the network; `ModelError` where they do not fit each other."""
+    def calibration_examples(self, data: CalibrationData) -> tuple[Split, tuple[str, ...]]:
+        """The examples of another source and what to say of them, opened once a process. Raises DataError."""
+        from sparsify_deploy.stages.calibration import opened
+
+        key = data.model_dump_json()
+        if key not in self._calibrations:
+            self._calibrations[key] = opened(data, self.examples)
+        return self._calibrations[key]
+
+    @cached_property
+    def _calibrations(self) -> dict[str, tuple[Split, tuple[str, ...]]]:
+        return {}
+
+    def example(self, count: int = 1) -> Batch:
+        """The first `count` test examples, from the start again where there are fewer.
+
+        Axes whose size differs between batches have their typical size, cut or filled up from their own start.
+        """
         import torch
 
-        from sparsify_deploy.types import outputs_of
+        from sparsify_deploy.export.axes import sized
 
+        test, free = self.examples.split("test"), self.free_axes
+        batch = sized(test.take(torch.arange(count) % len(test)), free, free.typical)
+        own = getattr(self.opened_task, "example_inputs", None)
+        return batch if own is None else own(batch)
+
+    def timed_arrays(self, count: int) -> Arrays:
+        """The first `count` test examples for timing: as `example` has them."""
+        if not self.free_axes:
+            return self.test_arrays(count)
+        return {name: values.numpy() for name, values in self.example(count).items()}
+
+    @cached_property
+    def free_axes(self) -> FreeAxes:
+        """The axes besides the batch whose size differs between batches of the data."""
+        from sparsify_deploy.export.axes import free_axes
+
+        return free_axes(self.examples)
+
+    def extremes(self) -> list[Batch]:
+        """One example at the least and one at the largest sizes of the free axes; none where there are no sizes."""
+        from sparsify_deploy.export.axes import sized
+
+        sizes = self.free_axes.sizes
+        pairs = [{name: getattr(size, end) for name, size in sizes.items()} for end in ("least", "largest")]
+        return [sized(self.example(), self.free_axes, each) for each in pairs if each]
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Run one test example through the network, also at the least and largest sizes of free axes, and its task.
+
+        A user's own task is tried on a few more. `ModelError` where network and data do not fit each other, with the
+        user's line where that is in a file of theirs; `DataError` where the task does not.
+        """
+        import torch
+
+        check = getattr(self.opened_task, "check", None)
         was = model.training
         model.eval()
-        batch = self.example()
         try:
-            with torch.no_grad():
-                outputs = outputs_of(model, batch, self.examples.inputs)
+            for batch in (self.example(), *self.extremes()):
+                with torch.no_grad():
+                    outputs = self._outputs(model, batch)
+                self._check_task(outputs, batch)
+            if check is not None:
+                batch = self.example(min(_TRIED, len(self.examples.split("test"))))
+                with torch.no_grad():
+                    outputs = self._outputs(model, batch)
+                check(outputs, batch)
+        finally:
+            model.train(was)
+
+    def _outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The outputs of the network for a batch. `ModelError`, also where one is no tensor with examples first."""
+        from sparsify_deploy.types import outputs_of
+
+        shapes = ", ".join(f"{name} {tuple(batch[name].shape)}" for name in self.examples.inputs)
+        what = f"model {self.model.source} does not fit the data ({shapes})"
+        try:
+            outputs = outputs_of(model, batch, self.examples.inputs)
+        except SparsifyError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            said = first_line(error)
+            if menu.entry("models", self.model.source).RUNS_USER_CODE:
+                said = usercode.one_line(self.model.params.path, error)  # type: ignore[attr-defined]
+            raise ModelError(f"{what}: {said}; change model.params or data.params") from error
+        count = len(batch[self.examples.inputs[0]])
+        check_outputs(outputs, count, f"model {self.model.source}")
+        return outputs
+
+    def _check_task(self, outputs: dict[str, Tensor], batch: Batch) -> None:
+        try:
             self.opened_task.loss(outputs, batch)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
             if is_out_of_memory(error):
                 raise
-            shapes = ", ".join(f"{name} {tuple(batch[name].shape)}" for name in self.examples.inputs)
             raise ModelError(
-                f"model {self.model.source} does not fit the data ({shapes}): {first_line(error)}; "
-                "change model.params or data.params"
+                f"task {self.task.name} cannot judge model {self.model.source}: {first_line(error)}"
             ) from error
-        finally:
-            model.train(was)
+
+
+@dataclass(frozen=True)
+class TrustedSubject(Subject):
+    """The same where the user trusts the recipe's files."""
+
+    trusted: ClassVar[bool] = True
+
+
+def check_outputs(outputs: Mapping[str, object], count: int, what: str) -> None:
+    """`ModelError` unless each is a tensor whose first axis is that of the `count` examples."""
+    import torch
+
+    if not outputs:
+        raise ModelError(f"{what} gives nothing: its forward must return a tensor, or a tuple or dict of tensors")
+    for name, value in outputs.items():
+        if not isinstance(value, torch.Tensor):
+            raise ModelError(
+                f"{what} gives {type(value).__name__} as {name!r}: its forward must return a tensor, or a tuple or "
+                "dict of tensors"
+            )
+        if value.dim() == 0 or len(value) != count:
+            raise ModelError(
+                f"{what} gives {name!r} of shape {tuple(value.shape)} for {count} examples: each output needs the axis "
+                "of the examples first"
+            )
 
 
 def first_line(error: BaseException) -> str:

@@ -82,5 +82,5 @@ def _open(distillation: Distillation, subject: Subject, baseline: Path | None, *
 
     model = subject.network(baseline)
     if distillation.teacher is not None:
-        load_checkpoint(model, distillation.teacher)
+        load_checkpoint(model, distillation.teacher, trusted=subject.trusted, advise=False)
     return fold_batchnorm(model) if folded else model

@@ -12,6 +12,7 @@ from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.fitting import Fit, estimate, fit_
 from sparsify_deploy.stages.subject import Subject, reproducible, save_weights, unmet_packages
 from sparsify_deploy.stages.teacher import check_teacher, taught, teacher_files, teacher_inputs
+from sparsify_deploy.stages.training_checks import check_training, unmet_by_training
 from sparsify_deploy.training.settings import Distillation
 from sparsify_deploy.types import Context, Facts
 
@@ -46,10 +47,10 @@ class Train:
         return {**self.subject.files(), **teacher_files(self.distillation)}
 
     def unmet(self) -> Sequence[str]:
-        return unmet_packages("train", "torch")
+        return [*unmet_packages("train", "torch"), *unmet_by_training(self.subject, self.fit.training)]
 
     def preflight(self) -> None:
-        self.subject.check_network()
+        check_training(self.subject, self.fit.training, self.subject.check_network())
         check_teacher(self.distillation, self.subject)
 
     def estimate(self) -> Estimate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -17,13 +18,19 @@ if TYPE_CHECKING:
 
     from sparsify_deploy.types import Arrays, Batch, Direction, Outputs, Task
 
-VERSION = 1
+VERSION = 2
+RUNS_USER_CODE = False
 
 
 class Params(Base):
     """What a regressor's loss needs."""
 
     output: str | None = Field(None, description="the output that holds the values; none: the only one, or logits")
+
+
+def files(params: Params) -> Mapping[str, Path]:
+    """No file."""
+    return {}
 
 
 def create(params: Params) -> Task:
@@ -33,10 +40,14 @@ def create(params: Params) -> Task:
 
 @dataclass(frozen=True)
 class Regression:
-    """Mean squared error; `rmse` and `mae` in the target's unit, over all values of all examples."""
+    """Mean squared error; `rmse` and `mae` in the target's unit, over all values of all examples.
+
+    `r2` is the share of the target's variance that is explained, averaged over an example's values; below 0 the mean
+    is a better answer. Where a target never varies it is 1 if it is met exactly, else 0.
+    """
 
     params: Params
-    metrics: ClassVar[Mapping[str, Direction]] = {"rmse": "lower", "mae": "lower"}
+    metrics: ClassVar[Mapping[str, Direction]] = {"rmse": "lower", "mae": "lower", "r2": "higher"}
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Mean squared error in the output's dtype."""
@@ -48,7 +59,7 @@ class Regression:
         return loss
 
     def evaluate(self, outputs: Arrays, batch: Arrays) -> dict[str, float]:
-        """`rmse`, `mae` and `loss`, the mean squared error."""
+        """`rmse`, `mae`, `r2` and `loss`, the mean squared error."""
         import numpy as np
 
         values, target = chosen_output(outputs, self.params.output), target_of(batch)
@@ -59,7 +70,20 @@ class Regression:
         if not np.isfinite(error).all():
             raise DataError("the model's values or the targets are not all finite, so no metric means anything")
         mse = float((error**2).mean())
-        return {"rmse": mse**0.5, "mae": float(np.abs(error).mean()), "loss": mse}
+        r2 = _explained(error.reshape(len(error), -1), target.astype(np.float64).reshape(len(error), -1))
+        return {"rmse": mse**0.5, "mae": float(np.abs(error).mean()), "r2": r2, "loss": mse}
+
+
+def _explained(error: Any, target: Any) -> float:
+    """R2 of errors and targets `(N, values)`, mean over the values."""
+    import numpy as np
+
+    left = (error**2).sum(axis=0)
+    whole = ((target - target.mean(axis=0)) ** 2).sum(axis=0)
+    varies = target.max(axis=0) > target.min(axis=0)  # by the values: their mean is rounded
+    share = np.where(left > 0, 0.0, 1.0)
+    share[varies] = 1.0 - left[varies] / whole[varies]
+    return float(share.mean())
 
 
 def _check(values: tuple[int, ...], target: tuple[int, ...], dtype: Any, real: bool) -> None:

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsify_deploy.errors import DataError
-
-IMAGES = "input"
-"""The field whose images are changed."""
+from sparsify_deploy.training.image_settings import Augment, name_of
+from sparsify_deploy.training.vision import IMAGES, Pixels, changed
 
 
 def crop(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -34,13 +33,26 @@ def flip(images: Tensor, generator: torch.Generator) -> Tensor:
 AUGMENTATIONS: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]] = {"crop": crop, "flip": flip}
 
 
-def augmented(batch: Mapping[str, Tensor], names: Sequence[str], generator: torch.Generator) -> dict[str, Tensor]:
-    """`batch` with its field `input` changed by each of `names` in turn; `DataError` where that holds no images."""
-    changed = dict(batch)
-    for name in names:
-        images = changed.get(IMAGES)
+def augmented(
+    batch: Mapping[str, Tensor],
+    changes: Sequence[Augment | str],
+    generator: torch.Generator,
+    pixels: Pixels | None = None,
+) -> dict[str, Tensor]:
+    """`batch` with its field `input` changed by each of `changes` in turn; `DataError` where that holds no images.
+
+    `pixels` tells what bytes the images were, which some changes need.
+    """
+    result = dict(batch)
+    for change in changes:
+        images = result.get(IMAGES)
         if images is None or images.ndim != 4:
             found = f"has shape {tuple(images.shape)}" if images is not None else f"is missing ({', '.join(batch)})"
-            raise DataError(f"data.augment {name} needs a field {IMAGES!r} of shape (N, C, H, W), which {found}")
-        changed[IMAGES] = AUGMENTATIONS[name](images, generator)
-    return changed
+            raise DataError(
+                f"data.augment {name_of(change)} needs a field {IMAGES!r} of shape (N, C, H, W), which {found}"
+            )
+        if isinstance(change, Augment):
+            result[IMAGES] = changed(images, change, generator, pixels)
+        else:
+            result[IMAGES] = AUGMENTATIONS[change](images, generator)
+    return result

@@ -13,6 +13,8 @@ from sparsify_deploy.errors import DataError
 from sparsify_deploy.training.augment import augmented
 
 if TYPE_CHECKING:
+    from sparsify_deploy.training.image_settings import Augment
+    from sparsify_deploy.training.vision import Mixing, Pixels
     from sparsify_deploy.types import Batch, Split
 
 
@@ -31,10 +33,20 @@ class Batches:
     """Whole batches of shuffled epochs, by number.
 
     An epoch is a permutation drawn from (seed, epoch), cut into `floor(len(split) / batch_size)` batches; what is
-    left over waits for another epoch. A split smaller than one batch is a batch by itself.
+    left over waits for another epoch. A split smaller than one batch is a batch by itself. `pixels` is what some of
+    `augment` need to know of the images.
     """
 
-    def __init__(self, split: Split, *, seed: int, batch_size: int, augment: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        split: Split,
+        *,
+        seed: int,
+        batch_size: int,
+        augment: Sequence[Augment | str] = (),
+        pixels: Pixels | None = None,
+        mixing: Mixing | None = None,
+    ) -> None:
         if len(split) == 0:
             raise DataError("the training split holds no examples")
         self.split = split
@@ -42,6 +54,7 @@ class Batches:
         self.batch_size = min(batch_size, len(split))
         self.per_epoch = len(split) // self.batch_size
         self.augment = tuple(augment)
+        self._pixels, self._mixing = pixels, mixing
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
@@ -54,11 +67,13 @@ class Batches:
         return self._order[position * self.batch_size : (position + 1) * self.batch_size]
 
     def batch(self, k: int) -> Batch:
-        """Batch `k` on the CPU, augmented by a generator of its own."""
-        batch = self.split.take(self.indices(k))
-        if not self.augment:
-            return batch
-        return augmented(batch, self.augment, generator("augment", self.seed, k))
+        """Batch `k` on the CPU, augmented and then mixed by generators of its own."""
+        batch: Batch = self.split.take(self.indices(k))
+        if self.augment:
+            batch = augmented(batch, self.augment, generator("augment", self.seed, k), self._pixels)
+        if self._mixing is not None:
+            batch = self._mixing(batch, generator("mix", self.seed, k))
+        return batch
 
 
 def training_batches(
@@ -79,7 +94,7 @@ def class_batches(
     label being in the integer `field` `(B,)`. DataError where the field is missing or holds no labels, where a label
     is not one of `classes`, and where a class has too few examples.
     """
-    found: dict[int, list[Batch]] = {label: [] for label in range(len(classes or ()))}
+    found: dict[int, list[tuple[int, Batch]]] = {label: [] for label in range(len(classes or ()))}
     order = torch.randperm(len(split), generator=generator("samples_per_class", seed, 0))
     for indices in torch.split(order, batch_size):
         batch = split.take(indices)
@@ -87,7 +102,7 @@ def class_batches(
             if classes is not None and label not in found:
                 raise DataError(f"label {label} is not one of the {len(classes)} classes, 0 to {len(classes) - 1}")
             if len(have := found.setdefault(label, [])) < per_class:
-                have.append({name: value[row].clone() for name, value in batch.items()})
+                have.append((int(indices[row]), {name: value[row].clone() for name, value in batch.items()}))
         if classes is not None and all(len(have) == per_class for have in found.values()):
             break
     for label, have in sorted(found.items()):
@@ -98,7 +113,15 @@ def class_batches(
     if not dealt:
         raise DataError("the training split holds no examples")
     parts = torch.arange(len(dealt)).tensor_split(-(-len(dealt) // batch_size))
-    return [{name: torch.stack([dealt[i][name] for i in part.tolist()]) for name in dealt[0]} for part in parts]
+    return [_together(split, [dealt[i] for i in part.tolist()]) for part in parts]
+
+
+def _together(split: Split, examples: Sequence[tuple[int, Batch]]) -> Batch:
+    """Examples by index as one batch: taken once more where they differ in length, for it is the split that pads."""
+    shapes = {tuple(value.shape for value in each.values()) for _, each in examples}
+    if len(shapes) > 1:
+        return split.take(torch.tensor([index for index, _ in examples]))
+    return {name: torch.stack([each[name] for _, each in examples]) for name in examples[0][1]}
 
 
 def _labels(batch: Batch, field: str) -> list[int]:

@@ -118,9 +118,15 @@ def load_tensors_(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
     for name in sorted({*own, *tensors}):
         if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
             raise foreign(path, f"the model's {name} differs")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+    put_(model, tensors)
+
+
+@torch.no_grad()
+def put_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors`, named as `tensors_of` names them, into the model."""
+    own = tensors_of(model)
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
 
 
 def foreign(path: Path, what: str) -> UsageError:

@@ -18,8 +18,10 @@ class History:
 
     `steps` are the optimizer steps done; `start` is the schedule's step at which a fit began. `losses` and `updates`
     count steps of training, over all fits of a method together. `density` and, by parameter name, `densities` are the
-    mask's at the start. `dense_gradient_every` and `dense_steps`, the steps of the dense training to compare with
-    (None: as many), are for the training cost. `metrics` are the test metrics after a fit that was asked for them.
+    mask's at the start. `curve` is the `metric` on the validation split, by step, of the network as it would have ended
+    there; empty where nothing was measured. `dense_gradient_every` and `dense_steps`, the steps of the dense training
+    to compare with (None: as many), are for the training cost. `metrics` are the test metrics after a fit that was
+    asked for them.
     `train_s` and `cpu_s` are seconds on the clock and of CPU time spent in steps and checkpoints, interruptions left
     out. `resumed_from` is the step a checkpoint held. `levels` are the single fits where there were several, each on
     the schedule's own steps and without losses.
@@ -40,6 +42,8 @@ class History:
     train_s: float = 0.0
     cpu_s: float = 0.0
     levels: tuple[History, ...] = ()
+    metric: str = ""
+    curve: tuple[tuple[int, float], ...] = ()
 
 
 def joined(fits: Sequence[History]) -> History:
@@ -50,6 +54,7 @@ def joined(fits: Sequence[History]) -> History:
     if len(fits) <= 1:
         return fits[0] if fits else History(0, ())
     losses: list[tuple[int, float]] = []
+    curve: list[tuple[int, float]] = []
     updates: list[Update] = []
     begins = list(accumulate((fit.steps for fit in fits), initial=0))
     for begin, before, fit in zip(begins, [None, *fits], fits, strict=False):
@@ -57,19 +62,21 @@ def joined(fits: Sequence[History]) -> History:
             pruned = 1.0 - fit.density / before.density if before.density else 0.0
             updates.append(Update(begin, pruned, 0, fit.densities))
         losses += [(begin + step - fit.start, loss) for step, loss in fit.losses]
+        curve += [(begin + step - fit.start, value) for step, value in fit.curve]
         updates += [dataclasses.replace(u, step=begin + u.step - fit.start) for u in fit.updates]
     first, last = fits[0], fits[-1]
     return dataclasses.replace(
         first,
         steps=sum(fit.steps for fit in fits),
         losses=tuple(losses),
+        curve=tuple(curve),
         updates=tuple(updates),
         resumed_from=last.resumed_from,
         notes=tuple(dict.fromkeys(note for fit in fits for note in fit.notes)),
         metrics=last.metrics,
         train_s=sum(fit.train_s for fit in fits),
         cpu_s=sum(fit.cpu_s for fit in fits),
-        levels=tuple(dataclasses.replace(fit, losses=()) for fit in fits),
+        levels=tuple(dataclasses.replace(fit, losses=(), curve=()) for fit in fits),
     )
 
 

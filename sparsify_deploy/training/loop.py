@@ -7,30 +7,35 @@ tensors and counters only, and no state of any generator, sampler or scheduler.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sparsify_deploy.errors import CorruptArtifact, Diverged, Interrupted
-from sparsify_deploy.training import checkpoint
+from sparsify_deploy.errors import CorruptArtifact, Diverged, Interrupted, UsageError
+from sparsify_deploy.training import checkpoint, forward
+from sparsify_deploy.training.averaging import Average
 from sparsify_deploy.training.batches import Batches, derived_seed, training_batches
+from sparsify_deploy.training.choosing import Choice
 from sparsify_deploy.training.evaluation import device_of, evaluate, mode, moved, predict
 from sparsify_deploy.training.history import History, Stopwatch, joined, restored
 from sparsify_deploy.training.optimizer import build_optimizer
 from sparsify_deploy.training.precision import LossScale, autocast, in_fp32
 from sparsify_deploy.training.schedule import lr_factor
-from sparsify_deploy.training.updater import Update, Updater
+from sparsify_deploy.training.updater import Restorable, Update, Updater
 from sparsify_deploy.types import Context, Split, Task, outputs_of
 
 if TYPE_CHECKING:
+    from sparsify_deploy.training.image_settings import Augment
     from sparsify_deploy.training.settings import Training
+    from sparsify_deploy.training.vision import Mixing, Pixels
     from sparsify_deploy.types import Batch, Outputs
 
 __all__ = ["Distilling", "History", "Trainer", "Update", "evaluate", "predict", "training_batches"]
@@ -50,10 +55,12 @@ class Distilling(Protocol):
 class Trainer:
     """Trains one model on one split. Make it after the model is on its device; batches are moved there.
 
-    `model` is changed in place. `folder` takes one `<label>.checkpoint` for each fit. `augment` names functions of
-    `augment.py` that change the field `input`. `label` names a fit that is given no name of its own. `distillation`
-    has the last word on the loss. `evaluate` gives the test metrics of the model as it stands, for methods with
-    several fits. Whole models only: every module is in training mode while it fits.
+    `model` is changed in place, with `channels_last` in that memory format from here on. `folder` takes one
+    `<label>.checkpoint` for each fit. `augment` are changes of the field `input`, by `augment.py`; `pixels` is what
+    some of them need, and `mixing` mixes batches after them. `label` names a fit that is given no name of its own.
+    `distillation` has the last word on the loss. `evaluate` gives the test metrics of the model as it stands, for
+    methods with several fits; `validation` is what `settings.measures` measures on. Whole models only: every module
+    is in training mode while it fits.
     """
 
     def __init__(
@@ -67,11 +74,16 @@ class Trainer:
         seed: int,
         folder: Path,
         context: Context,
-        augment: Sequence[str] = (),
+        augment: Sequence[Augment | str] = (),
+        pixels: Pixels | None = None,
+        mixing: Mixing | None = None,
         label: str = "train",
         distillation: Distilling | None = None,
         evaluate: Callable[[], Mapping[str, float]] | None = None,
+        validation: Split | None = None,
     ) -> None:
+        if settings.channels_last:
+            forward.channels_last_(model)
         self.model = model
         self.task = task
         self.inputs = tuple(inputs)
@@ -85,10 +97,14 @@ class Trainer:
         self.label = label
         self.distillation = distillation
         self.evaluate = evaluate
+        self.validation = validation
         self.step = 0
         self.fits: tuple[History, ...] = ()
         self._scale = LossScale(self.device, settings.precision)
-        self._batches = Batches(split, seed=seed, batch_size=settings.batch_size, augment=augment)
+        self._forward = forward.compiled(model) if settings.compile else model
+        self._batches = Batches(
+            split, seed=seed, batch_size=settings.batch_size, augment=augment, pixels=pixels, mixing=mixing
+        )
         self._begin(History(0, ()), None, None)
 
     @property
@@ -108,8 +124,10 @@ class Trainer:
     ) -> History:
         """Train from step `start` to `total_steps`, from the model and the optimizer slots as they are.
 
-        Learning rates and batches are those of the steps from `start` on; `constant_rate` replaces the schedule.
-        `keep_at` is a step at which all state is kept for `rewind`; `measured` adds test metrics to the history.
+        Ends with the weights as `settings` asks: the last or the averaged ones, or those that measured best on
+        `validation`, which may also end it early. Learning rates and batches are those of the steps from `start` on;
+        `constant_rate` replaces the schedule. `keep_at` is a step at which all state is kept for `rewind`; `measured`
+        adds test metrics to the history.
 
         Goes on from the checkpoint of `label` in the folder if there is one; a fit that had finished is loaded, not
         repeated, and `fits` holds what came before it. `Diverged` on a loss that is not finite; `Interrupted` after
@@ -123,6 +141,7 @@ class Trainer:
         if mask is not None:
             fresh = dataclasses.replace(fresh, densities=mask.densities(), density=mask.density)
         self._begin(fresh, constant_rate, keep_at)
+        self._watch_weights(updater)
         resumed_from = self._resume(path, updater)
         devices = [self.device] if self.device.type == "cuda" else []
         with mode(self.model, train=True), torch.random.fork_rng(devices=devices):
@@ -156,6 +175,24 @@ class Trainer:
         self._window: list[float] = []
         self._scale.skipped = 0
         self._watch = Stopwatch()
+        self._average: Average | None = None
+        self._choice: Choice | None = None
+        self._over = False
+
+    def _watch_weights(self, updater: Updater) -> None:
+        """Begin the average and the measurements that the settings ask for."""
+        if self.settings.ema is not None:
+            self._average = Average(self.model, self.settings.ema)
+        if self.settings.measures:
+            if self.validation is None:
+                raise UsageError("training.keep, early_stop and evaluate_every need the data's validation split")
+            metric, direction = next(iter(self.task.metrics.items()))
+            self._choice = Choice(self.settings, metric, direction)
+        if self.settings.chooses and not isinstance(updater, Restorable):
+            raise UsageError(
+                f"training.keep best and early_stop need a network that every step could end with: "
+                f"{type(updater).__name__} is pruned as asked at its last step only"
+            )
 
     def _kept(self, label: str) -> Path:
         return self.checkpoint(f"{label}.rewind")
@@ -170,24 +207,47 @@ class Trainer:
             losses=tuple(self._losses),
             updates=tuple(updater.updates),
             dense_gradient_every=updater.dense_gradient_every,
-            notes=notes,
+            notes=(*notes, *self._chosen()),
+            metric=self._choice.metric if self._choice else "",
+            curve=tuple(self._choice.curve) if self._choice else (),
         )
+
+    def _chosen(self) -> Iterator[str]:
+        """What the measurements decided, once the fit is over."""
+        if self._choice is None or not self._over:
+            return
+        label, metric = self._fit.label, self._choice.metric
+        step, value = self._choice.best
+        if self.step < self.total_steps:
+            yield f"{label}: stopped early at step {self.step} of {self.total_steps}: the {metric} no longer got better"
+        elif (stop := self.settings.early_stop) is not None and len(self._choice.curve) <= stop.patience:
+            counted = f"{len(self._choice.curve)} measurements, and patience {stop.patience}"
+            yield f"{label}: early_stop had no effect: there were {counted}; lower it or evaluate_every"
+        if self._choice.kept is not None:
+            best = f"the best {metric} on the validation split ({value:.6g})"
+            yield f"{label}: ends with the weights of step {step}, {best}"
 
     def _run(self, updater: Updater, path: Path, measured: bool) -> None:
         label, start = self._fit.label, self._fit.start
         every = math.ceil((self.total_steps - start) / _POINTS)
         saved_at = time.monotonic()
-        finished = self.step == self.total_steps
-        while self.step < self.total_steps:
+        finished = self._over
+        while not self._over:
             if self.step == self._keep_at:
                 self._save(self._kept(label), updater)
             loss = self.advance(updater, label)
+            if self._average is not None:
+                self._average.update()
             self._window.append(loss)
-            if (self.step - start) % every == 0 or self.step == self.total_steps:
+            if self.step == self.total_steps:
+                updater.finish()
+            self._measure(updater)
+            self._over = self.step == self.total_steps or (self._choice is not None and self._choice.stops)
+            if (self.step - start) % every == 0 or self._over:
                 self._losses.append((self.step, math.fsum(self._window) / len(self._window)))
                 self._window = []
-            self.context.progress.update(label, self.step, self.total_steps, f"loss {loss:.4f}")
-            if self.step == self.total_steps:
+            self.context.progress.update(label, self.step, self.total_steps, f"loss {loss:.4f}{self._latest()}")
+            if self._over:
                 break
             if self.context.stop_requested():
                 self._save(path, updater)
@@ -197,13 +257,59 @@ class Trainer:
                 self._save(path, updater)
                 saved_at = time.monotonic()
         if not finished:
-            updater.finish()
+            if self.step < self.total_steps:
+                updater.finish()
+            self._settle(updater)
             self._check_result(updater, label)
             if measured and self.evaluate is not None:
                 seconds = self._watch.read()
                 self._fit = dataclasses.replace(self._fit, metrics=dict(self.evaluate()))
                 self._watch = Stopwatch(*seconds)  # testing is not training
             self._save(path, updater)
+
+    def _measure(self, updater: Updater) -> None:
+        """Where it is due, the metric on the validation split of the network as it would end with this step."""
+        if self._choice is None or not self.settings.measured_after(self.step, len(self._batches.split)):
+            return
+        assert self.validation is not None
+        seconds = self._watch.read()
+        with self._as_it_would_end(updater):
+            metrics = evaluate(self.model, self.task, self.validation, self.inputs)
+            self._choice.see(self.step, metrics[self._choice.metric], self.model, updater.mask)
+        self._watch = Stopwatch(*seconds)  # measuring is not training
+
+    def _latest(self) -> str:
+        """The last measurement, for a line of progress."""
+        if self._choice is None or not self._choice.curve:
+            return ""
+        return f", validation {self._choice.metric} {self._choice.curve[-1][1]:.4f}"
+
+    @contextlib.contextmanager
+    def _as_it_would_end(self, updater: Updater) -> Iterator[None]:
+        live = {name: tensor.detach().clone() for name, tensor in checkpoint.tensors_of(self.model).items()}
+        self._wear_average(updater)
+        try:
+            yield
+        finally:
+            checkpoint.put_(self.model, live)
+
+    def _wear_average(self, updater: Updater) -> None:
+        if self._average is not None:
+            self._average.put_()
+        if updater.mask is not None:  # an average also remembers weights that were dropped
+            updater.mask.apply_(self.model)
+
+    def _settle(self, updater: Updater) -> None:
+        """The weights that the fit ends with into the model, and their mask into the updater."""
+        kept = self._choice.kept if self._choice is not None else None
+        if kept is not None:
+            tensors, mask = kept
+            checkpoint.put_(self.model, tensors)
+            if mask is not None:
+                assert isinstance(updater, Restorable)
+                updater.restore(mask, self.step)
+        elif self._average is not None:
+            self._wear_average(updater)
 
     def advance(self, updater: Updater, label: str = "train") -> float:
         """One optimizer step of a model in training mode: the mean loss over its accumulated batches.
@@ -221,11 +327,12 @@ class Trainer:
         updater.before_forward(step)
         loss = 0.0
         for k in range(step * slices, (step + 1) * slices):
-            part = self._loss(k) / slices
-            loss += part.item()
-            if not math.isfinite(loss):
-                raise _diverged(label, f"the loss is {loss}", step, self.total_steps, rate)
-            self._scale.backward(part)
+            with forward.compiling() if self.settings.compile else contextlib.nullcontext():
+                part = self._loss(k) / slices
+                loss += part.item()
+                if not math.isfinite(loss):
+                    raise _diverged(label, f"the loss is {loss}", step, self.total_steps, rate)
+                self._scale.backward(part)
         if self._scale.unscaled_(self.optimizer) and updater.after_backward(step):
             if self.settings.clip_norm is not None:
                 norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
@@ -241,9 +348,11 @@ class Trainer:
 
     def _loss(self, k: int) -> Tensor:
         batch = moved(self._batches.batch(k), self.device)
+        if self.settings.channels_last:
+            batch = forward.laid_out(batch)
         precision = self.settings.precision
         with autocast(self.device, precision):
-            found = outputs_of(self.model, batch, self.inputs)
+            found = outputs_of(self._forward, batch, self.inputs)
         outputs = in_fp32(found, precision)
         own = self.task.loss(outputs, batch)
         return own if self.distillation is None else self.distillation.loss(own, outputs, batch)
@@ -261,7 +370,7 @@ class Trainer:
         return {
             **checkpoint.flat(self.settings.model_dump(mode="json")),
             "seed": self.seed,
-            "augment": list(self._batches.augment),
+            "augment": [c if isinstance(c, str) else c.model_dump_json() for c in self._batches.augment],
             "examples": len(self._batches.split),
             "updater": type(updater).__name__,
             "start": self._fit.start,
@@ -282,6 +391,9 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scale": self._scale.state_dict(),
                 "updater": updater.state_dict(),
+                "average": self._average.state_dict() if self._average else None,
+                "choice": self._choice.state_dict() if self._choice else None,
+                "over": self._over,
                 "fit": dataclasses.asdict(self._fit),
                 "fits": [dataclasses.asdict(fit) for fit in self.fits],
                 "losses": self._losses,
@@ -299,14 +411,18 @@ class Trainer:
         self.optimizer.load_state_dict(content["optimizer"])
         self._scale.load_state_dict(content["scale"])
         updater.load_state_dict(content["updater"])
-        self.step = content["step"]
+        if self._average is not None:
+            self._average.load_state_dict(content["average"])
+        if self._choice is not None:
+            self._choice.load_state_dict(content["choice"])
+        self.step, self._over = content["step"], content["over"]
         self._fit = restored(content["fit"])
         self.fits = tuple(restored(fit) for fit in content["fits"])
         self._watch = Stopwatch(self._fit.train_s, self._fit.cpu_s)
         self._losses = [(step, loss) for step, loss in content["losses"]]
         self._window = list(content["window"])
         say = self.context.progress.say
-        if self.step == self.total_steps:
+        if self._over:
             say(f"{label}: finished before, {self.step - self._fit.start} steps loaded")
         else:
             say(f"{label}: goes on at step {self.step} of {self.total_steps}")

@@ -34,6 +34,22 @@ class Schedule(Section):
     final_fraction: Fraction = Field(0.0, description="cosine: last rate as a fraction of the first")
 
 
+class EMA(Section):
+    """An exponential moving average of the weights, which a stage then ends with (Polyak & Juditsky 1992)."""
+
+    decay: float = Field(0.999, gt=0.0, lt=1.0, description="what each optimizer step leaves of the average")
+    warmup: bool = Field(
+        True, description="the decay of step n is at most (1 + n) / (10 + n), so that a short run forgets its start"
+    )
+
+
+class EarlyStop(Section):
+    """When a run that no longer gets better ends; measured on the data's validation split."""
+
+    patience: int = Field(5, ge=1, description="measurements in a row that may pass without a better one")
+    min_delta: NonNegative = Field(0.0, description="what counts as better, in the metric's own unit")
+
+
 class Training(Section):
     """One run of the training loop; exactly one of `epochs` and `steps`."""
 
@@ -46,6 +62,20 @@ class Training(Section):
     clip_norm: Positive | None = Field(None, description="largest gradient norm, after the mask acted")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="bf16, fp16: autocast; weights stay FP32; fp16 scales the loss"
+    )
+    ema: EMA | None = Field(None, description="average the weights; the average is what the stage ends with")
+    channels_last: bool = Field(False, description="convolutions in channels-last memory format while training")
+    compile: bool = Field(False, description="torch.compile the forward pass; needs a C++ compiler")
+    mixup: Positive | None = Field(None, description="alpha of MixUp on whole batches (arXiv 1710.09412)")
+    cutmix: Positive | None = Field(
+        None, description="alpha of CutMix (arXiv 1905.04899); with mixup, each batch gets one of the two"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="best: end with the weights whose metric on the validation split was best"
+    )
+    early_stop: EarlyStop | None = None
+    evaluate_every: Positive | None = Field(
+        None, description="epochs between measurements on the validation split; none: 1 where keep or early_stop needs"
     )
 
     @model_validator(mode="after")
@@ -64,6 +94,27 @@ class Training(Section):
         if self.epochs is None:
             return self.steps or 1
         return max(1, round(self.epochs * self.steps_per_epoch(examples)))
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the validation split decides which weights a run ends with."""
+        return self.keep == "best" or self.early_stop is not None
+
+    @property
+    def measures(self) -> bool:
+        """Whether a run is measured on the validation split."""
+        return self.chooses or self.evaluate_every is not None
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed, and with them their labels."""
+        return self.mixup is not None or self.cutmix is not None
+
+    def measured_after(self, step: int, examples: int) -> bool:
+        """Whether the run is measured after its first `step` optimizer steps: by each interval of
+        `evaluate_every`, and at the end."""
+        interval = (self.evaluate_every or 1.0) * self.steps_per_epoch(examples)
+        return step == self.total_steps(examples) or int(step / interval) > int((step - 1) / interval)
 
 
 class Distillation(Section):
@@ -104,6 +155,10 @@ class ScheduleOverride(Section):
     final_fraction: Fraction | None = None
 
 
+_MAY_BE_NONE = frozenset({"clip_norm", "ema", "mixup", "cutmix", "early_stop", "evaluate_every"})
+"""Fields of `training` that an override may turn off again; null in any other overrides nothing."""
+
+
 class TrainingOverride(Section):
     """The fields of `training` to change for one stage; naming `epochs` or `steps` replaces the other."""
 
@@ -115,6 +170,14 @@ class TrainingOverride(Section):
     schedule: ScheduleOverride | None = None
     clip_norm: Positive | None = None
     precision: Literal["fp32", "bf16", "fp16"] | None = None
+    ema: EMA | None = Field(None, description="null: no average in this stage")
+    channels_last: bool | None = None
+    compile: bool | None = None
+    mixup: Positive | None = None
+    cutmix: Positive | None = None
+    keep: Literal["last", "best"] | None = None
+    early_stop: EarlyStop | None = None
+    evaluate_every: Positive | None = None
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingOverride:
@@ -124,7 +187,9 @@ class TrainingOverride(Section):
 
     def over(self, base: Training) -> Training:
         """`base` with this override's own fields in place of its."""
-        changes = {k: getattr(self, k) for k in self.model_fields_set}
+        changes = {
+            k: value for k in self.model_fields_set if (value := getattr(self, k)) is not None or k in _MAY_BE_NONE
+        }
         for part in ("optimizer", "schedule"):
             if isinstance(own := changes.get(part), Section):
                 fields = {k: getattr(own, k) for k in own.model_fields_set}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -79,6 +79,15 @@ class Updater(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+@runtime_checkable
+class Restorable(Updater, Protocol):
+    """An updater whose network, with its mask, could end with any step."""
+
+    def restore(self, mask: Mask, step: int, /) -> None:
+        """Hold the mask of an earlier step, whose weights are in the model, after `step` optimizer steps."""
+        ...
+
+
 class Dense:
     """No mask at all."""
 
@@ -103,6 +112,9 @@ class Dense:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+    def restore(self, mask: Mask, _step: int) -> None:
         pass
 
 
@@ -136,9 +148,12 @@ class HoldMask:
         self._mask = mask
         self.parameters = {name: known[name] for name in mask}
         # Cast once to the weight's type: multiplying in place by a float mask is the cheapest way to mask a gradient.
-        self._factors = [(p, mask[name].to(p.device, p.dtype)) for name, p in self.parameters.items()]
+        self._factors = [(p, _like(p, mask[name])) for name, p in self.parameters.items()]
         for parameter, factor in self._factors:
             self._reset_slots_(parameter, factor == 0)
+
+    def restore(self, mask: Mask, _step: int) -> None:
+        self.hold(mask)
 
     def rewire_to(self, mask: Mask) -> int:
         """Hold another mask of the same layers whose new weights start from nothing: value 0 and all slots 0.
@@ -182,6 +197,11 @@ class HoldMask:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.hold(Mask(state["mask"]))
+
+
+def _like(parameter: nn.Parameter, kept: Tensor) -> Tensor:
+    """`kept` with the type, device and memory format of `parameter`."""
+    return torch.empty_like(parameter.detach()).copy_(kept)
 
 
 def _fill_(tensor: Tensor, index: Tensor, value: Tensor | float) -> None:

@@ -16,10 +16,10 @@ PRINTING = re.compile(r"print|(typer|click)\.s?echo|sys\.(__)?std(out|err)(__)?\
 
 COMPUTED = "a computed name"
 DOORS = {
-    COMPUTED: ("doctor.py", "menu.py", "models/_zoo.py", "runtimes/_"),
+    COMPUTED: ("datasets/_zoo.py", "doctor.py", "menu.py", "models/_zoo.py", "runtimes/_"),
     "click": (),  # what typer uses is its own copy, whose exceptions are other classes
     "cuda": ("runtimes/_",),
-    "datasets": (),  # through models/_zoo.py
+    "datasets": (),  # through datasets/_zoo.py
     "modelopt": ("quantization/",),
     "onnx": ("graph/",),
     "onnxruntime": ("runtimes/onnxruntime.py",),
@@ -32,7 +32,7 @@ DOORS = {
     "timm": (),  # through models/_zoo.py
     "torch.onnx": ("export/",),
     "tokenizers": ("preprocessing/text.py",),
-    "torchvision": (),  # through models/_zoo.py
+    "torchvision": ("training/vision.py",),  # networks and data through models/_zoo.py and datasets/_zoo.py
     "transformers": (),  # through models/_zoo.py
     "typer": ("cli.py",),
 }

@@ -116,3 +116,85 @@ def test_truncated_data_is_one_line(cli, own):
     assert done.returncode == 5
     assert "my_data.npz" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+ASKS = """\
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.second = nn.Linear(64, 32)
+        self.last = nn.Linear(32, 4)
+
+    def forward(self, x):
+        if x.shape[1] != 64:
+            raise ValueError("64 features are expected")
+        x = torch.relu(self.first(x))
+        return self.last(torch.relu(self.second(x)))
+
+
+def build():
+    return Net()
+"""
+
+
+def test_a_network_that_torch_fx_cannot_trace_goes_by_torch_export_and_says_so(cli, own):
+    (own / "my_model.py").write_text(ASKS)
+    done = cli("run", "my.yaml", "--trust-code", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert any("Net cannot be traced" in note and "torch.export made of it" in note for note in report["notes"])
+    last = report["rows"][-1]["model"]
+    assert last["metrics"]["accuracy"] > 0.9
+    assert {layer["weight"] for layer in last["layers"]} == {f"{name}.weight" for name in ("first", "second", "last")}
+
+
+TASK = """\
+import numpy as np
+import torch
+
+
+class Margin:
+    metrics = {"hinge": "lower", "agreement": "higher"}
+
+    def loss(self, outputs, batch):
+        return torch.nn.functional.multi_margin_loss(outputs["output"], batch["target"])
+
+    def evaluate(self, outputs, batch):
+        logits, target = outputs["output"], batch["target"]
+        right = logits[np.arange(len(target)), target][:, None]
+        over = np.maximum(0, 1 - right + logits)
+        over[np.arange(len(target)), target] = 0
+        return {"hinge": float(over.sum(1).mean() / 4), "agreement": (logits.argmax(1) == target).mean()}
+
+
+def task():
+    return Margin()
+"""
+
+
+def test_a_task_of_ones_own_trains_gates_and_reports(cli, own):
+    (own / "my_task.py").write_text(TASK)
+    recipe = RECIPE + "task: {name: file, params: {path: my_task.py}}\ngates: {metric: agreement, max_drop: 0.1}\n"
+    (own / "my.yaml").write_text(recipe)
+    planned = cli("plan", "my.yaml")
+    assert planned.returncode == 0, planned.stderr
+    assert "with --trust-code: task.name file" in planned.stdout
+    done = cli("run", "my.yaml", "--trust-code", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "trusted: task.name file" in done.stderr
+    assert "model.checkpoint my_weights.safetensors: 6 of 6 tensors loaded by name" in done.stderr
+    report = json.loads(done.stdout)
+    assert (report["metric"], report["direction"]) == ("agreement", "higher")
+    assert report["metrics"] == {"hinge": "lower", "agreement": "higher"}
+    assert report["rows"][-1]["model"]["metrics"]["agreement"] > 0.8
+    assert {"hinge", "agreement", "loss"} == {*report["rows"][0]["model"]["metrics"]}
+    (gate,) = report["gates"]
+    assert gate["met"]
+    assert any("6 of 6 tensors" in note for note in report["notes"])
+    written = next(own.glob("runs/*/report.md")).read_text()
+    assert "| model | agreement (higher is better) | hinge (lower is better) | loss (lower is better) |" in written

@@ -21,6 +21,8 @@ class TrainingMethod(Protocol):
     """Whether it prunes while it trains, down to the recipe's `sparsity`."""
     LEAVES_MASK: bool
     """Whether it ends with a mask."""
+    CAN_END_EARLY: bool
+    """Whether training could end with the network of any step: `keep: best` and `early_stop` need that."""
 
     def optimizer_steps(self, params: Any, total_steps: int, density: float | None, /) -> int:
         """The optimizer steps it takes where a dense training takes `total_steps`: as many, but for repeated ones."""

@@ -150,6 +150,19 @@ class Moving:
         self._updates.append(Update(done, fraction, new, self.mask.densities()))
 
 
+class Trading(Moving):
+    """Base of those that keep the number of weights, so that training could end with the network of any step."""
+
+    def restore(self, mask: Mask, step: int) -> None:
+        """Hold the mask of an earlier step; the record keeps what really happened, and that as its last entry."""
+        from sparsify_deploy.training.updater import Update
+
+        new = sum(int((mask[name] & ~old).sum()) for name, old in self.mask.items())
+        if mask != self.mask:
+            self._updates.append(Update(step, 0.0, new, mask.densities()))
+        self._held.restore(mask, step)
+
+
 def replaced(weight: Tensor, mask: Tensor, score: Tensor, fraction: float, pattern: str | None) -> Tensor:
     """`mask` with the floor(fraction * active) weights of smallest |weight| dropped and as many grown by |score|.
 

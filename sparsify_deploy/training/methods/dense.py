@@ -15,6 +15,7 @@ VERSION = 1
 NEEDS_MASK = False
 NEEDS_SPARSITY = False
 LEAVES_MASK = False
+CAN_END_EARLY = True
 
 
 class Params(Base):

@@ -26,6 +26,7 @@ VERSION = 1
 NEEDS_MASK = False
 NEEDS_SPARSITY = True
 LEAVES_MASK = True
+CAN_END_EARLY = False
 
 
 class Params(Base):

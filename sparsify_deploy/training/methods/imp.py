@@ -36,6 +36,7 @@ VERSION = 1
 NEEDS_MASK = False
 NEEDS_SPARSITY = True
 LEAVES_MASK = True
+CAN_END_EARLY = False
 
 _SLIVER = 0.05
 """A last level that would do less than this part of a level's pruning is joined to the one before it, so that a
@@ -98,6 +99,8 @@ def train(trainer: Trainer, mask: Mask | None, params: Params, density: float | 
     from sparsify_deploy.sparsity.mask import Mask as AnyMask
     from sparsify_deploy.training.updater import Dense, HoldMask
 
+    if trainer.settings.chooses:
+        raise UsageError("training.keep best and early_stop have no meaning for imp, which prunes after each whole fit")
     if mask is not None:
         raise UsageError("train.method imp starts dense and finds its own mask: remove the init section")
     goals = densities(_asked(density), params.rate)

@@ -21,6 +21,7 @@ VERSION = 1
 NEEDS_MASK = True
 NEEDS_SPARSITY = False
 LEAVES_MASK = True
+CAN_END_EARLY = True
 
 
 class Params(_rewiring.RewiredInGroups):
@@ -42,7 +43,7 @@ def train(trainer: Trainer, mask: Mask | None, params: Params, density: float | 
     return _rewiring.fit(trainer, RigL(held, params, trainer.total_steps))
 
 
-class RigL(_rewiring.Moving):
+class RigL(_rewiring.Trading):
     """The updater: holds the mask, and on every `update_every`-th step up to T_end rewires instead of training."""
 
     name = "rigl"

@@ -26,6 +26,7 @@ VERSION = 1
 NEEDS_MASK = True
 NEEDS_SPARSITY = False
 LEAVES_MASK = True
+CAN_END_EARLY = True
 
 
 class Params(_rewiring.RewiredInGroups):
@@ -51,7 +52,7 @@ def train(trainer: Trainer, mask: Mask | None, params: Params, density: float | 
     return _rewiring.fit(trainer, SET(held, params, trainer.total_steps, trainer.seed))
 
 
-class SET(_rewiring.Moving):
+class SET(_rewiring.Trading):
     """The updater: holds the mask, and after every `update_every`-th step before T_end moves it at random."""
 
     name = "set"

@@ -37,6 +37,7 @@ VERSION = 1
 NEEDS_MASK = True
 NEEDS_SPARSITY = False
 LEAVES_MASK = True
+CAN_END_EARLY = True
 
 
 class Params(_rewiring.Rewired):
@@ -69,7 +70,7 @@ def train(trainer: Trainer, mask: Mask | None, params: Params, density: float | 
     return _rewiring.fit(trainer, SNFS(held, params, trainer.total_steps, trainer.optimizer))
 
 
-class SNFS(_rewiring.Moving):
+class SNFS(_rewiring.Trading):
     """The updater: masks the weights again after each step, and after every `update_every`-th moves the mask."""
 
     name = "snfs"

@@ -29,6 +29,7 @@ VERSION = 1
 NEEDS_MASK = False
 NEEDS_SPARSITY = False
 LEAVES_MASK = True
+CAN_END_EARLY = False
 
 
 class Params(Base):

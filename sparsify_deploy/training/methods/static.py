@@ -15,6 +15,7 @@ VERSION = 1
 NEEDS_MASK = True
 NEEDS_SPARSITY = False
 LEAVES_MASK = True
+CAN_END_EARLY = True
 
 
 class Params(Base):

@@ -16,13 +16,14 @@ ENTRIES = menu.names("datasets")
 
 LOAD_BARE = """
 import json, sys
-for blocked in ("torch", "numpy", "pyarrow", "PIL", "onnx"):
+for blocked in ("torch", "numpy", "pyarrow", "PIL", "onnx", "datasets", "torchvision"):
     sys.modules[blocked] = None
 import importlib
 m = importlib.import_module("sparsify_deploy.datasets." + sys.argv[1])
 from sparsify_deploy.params import Params
 given = {"digits": {}, "npz": {"path": "d.npz"}, "file": {"path": "d.py"}, "parquet": {"path": "."},
-         "folder": {"path": "."}}[sys.argv[1]]
+         "text": {"path": ".", "tokenizer": "tokenizer"}, "folder": {"path": "."},
+         "huggingface": {"path": "train"}, "torchvision": {"name": "MNIST", "path": "."}}[sys.argv[1]]
 params = m.Params.model_validate(given, context={"folder": sys.argv[2]})
 files = {k: str(v) for k, v in m.files(params).items()}
 print(json.dumps({
@@ -36,6 +37,10 @@ print(json.dumps({
 def test_data_entry_loads_bare_and_lists_its_files(name: str, tmp_path: Path) -> None:
     (tmp_path / "train-0.parquet").write_bytes(b"")
     (tmp_path / "test-0.parquet").write_bytes(b"")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    (tmp_path / "MNIST" / "raw" / "x").write_bytes(b"")
+    (tmp_path / "tokenizer" / "tokenizer.json").write_bytes(b"")
     for split in ("train", "test"):
         (tmp_path / split / "a").mkdir(parents=True)
         (tmp_path / split / "a" / "x.png").write_bytes(b"")
@@ -52,7 +57,13 @@ def test_data_entry_loads_bare_and_lists_its_files(name: str, tmp_path: Path) ->
         "npz": {"path": f"{tmp_path}/d.npz"},
         "file": {"path": f"{tmp_path}/d.py"},
         "parquet": {f"{s}/{s}-0.parquet": f"{tmp_path}/{s}-0.parquet" for s in ("train", "test")},
+        "text": {
+            "tokenizer/tokenizer.json": f"{tmp_path}/tokenizer/tokenizer.json",
+            **{f"{s}/{s}-0.parquet": f"{tmp_path}/{s}-0.parquet" for s in ("train", "test")},
+        },
         "folder": {f"{s}/a/x.png": f"{tmp_path}/{s}/a/x.png" for s in ("train", "test")},
+        "huggingface": {"a/x.png": f"{tmp_path}/train/a/x.png"},
+        "torchvision": {"MNIST/raw/x": f"{tmp_path}/MNIST/raw/x"},
     }
     if name == "digits":
         assert Path(facts["files"]["digits"]).is_file()

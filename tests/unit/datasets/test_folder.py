@@ -104,13 +104,16 @@ def test_skipped_files_are_counted_and_their_labels_go_too(images: Make) -> None
     (path / "train/cat/0.png").write_bytes(b"\x89PNG cut short")
     data = folder.open(folder.Params(path=path, size=8, unreadable="skip", max_unreadable=0.5))
     assert data.split("train").take(torch.arange(4))["target"].tolist() == [0, 0, 1, 1]
-    assert data.notes == ("data: the train split leaves out 1 of 5 files that are no images: train/cat/0.png",)
+    assert data.notes == ("data: the train split leaves out 1 of 5 images that cannot be read: train/cat/0.png",)
 
 
 def test_too_many_skipped_files_stop_the_run(images: Make) -> None:
     path = images(both())
     (path / "train/cat/0.png").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"1 of 5 files are no images, more than data.params.max_unreadable 0.1 allows"):
+    with pytest.raises(
+        DataError,
+        match=r"1 of 5 images of the train split cannot be read, more than data.params.max_unreadable 0.1 allows",
+    ):
         folder.open(folder.Params(path=path, size=8, unreadable="skip", max_unreadable=0.1))
 
 

@@ -86,7 +86,8 @@ def test_keys_that_do_not_fit_are_counted_and_named(tmp_path: Path) -> None:
     state["0.weight"] = torch.zeros(4, 3, 5, 5)
     assert failure(net(), save(state, tmp_path / "w.pt")) == (
         "does not fit the model: 2 missing (3.weight, 3.bias); 1 unexpected (3.wieght), did you mean '3.weight' by "
-        "'3.wieght'?; 1 of another shape (0.weight (4, 3, 5, 5), the model has (4, 3, 3, 3))"
+        "'3.wieght'?; 1 of another shape (0.weight (4, 3, 5, 5), the model has (4, 3, 3, 3)); "
+        "model.checkpoint_partial: true loads what fits and leaves the rest as initialised"
     )
     many = {f"k{i}": torch.zeros(1) for i in range(9)} | net().state_dict()
     assert "9 unexpected (k0, k1, k2, ...)" in failure(net(), save(many, tmp_path / "many.pt"))

@@ -160,8 +160,13 @@ def test_a_failure_in_a_sibling_names_the_sibling(write) -> None:
 def test_wrong_arguments_name_the_file(write) -> None:
     path = write(NET)
     message = failure(path, wdith=3)
-    assert message.startswith(f"{path}: TypeError: ")
-    assert "wdith" in message
+    assert message == (
+        f"{path}:4: model(width: int = 4) cannot be called with the arguments given (wdith): got an unexpected keyword "
+        "argument 'wdith'; change params.arguments or the signature"
+    )
+    path = write("\ndef model(width, *, depth):\n    pass\n")
+    assert f"{path}:2: model(width, *, depth)" in failure(path, width=3)
+    assert "missing a required argument: 'depth'" in failure(path, width=3)
 
 
 def test_files_that_are_none(write, tmp_path: Path) -> None:

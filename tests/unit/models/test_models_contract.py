@@ -20,7 +20,7 @@ for blocked in ("torch", "numpy", "modelopt", "onnx", "safetensors"):
 import importlib
 m = importlib.import_module("sparsify_deploy.models." + sys.argv[1])
 from sparsify_deploy.params import Params
-given = {"file": {"path": "net.py"}}.get(sys.argv[1], {"name": "resnet8"})
+given = {"file": {"path": "net.py"}, "onnx": {"path": "net.py"}}.get(sys.argv[1], {"name": "resnet8"})
 params = m.Params.model_validate(given, context={"folder": "/somewhere"})
 files = m.files(params)
 print(json.dumps({
@@ -39,7 +39,7 @@ def test_model_entry_loads_bare_and_is_whole(name: str) -> None:
     assert facts["params"]
     assert facts["build"]
     assert facts["user"] is (name == "file")
-    assert facts["files"] == ({"path": "/somewhere/net.py"} if name == "file" else {})
+    assert facts["files"] == ({"path": "/somewhere/net.py"} if name in ("file", "onnx") else {})
 
 
 @pytest.mark.parametrize("name", ENTRIES)

@@ -56,7 +56,7 @@ def test_a_good_recipe_is_read_with_defaults_and_named_after_its_file(tmp_path: 
     }
     assert recipe.init is not None
     assert recipe.init.params.model_dump() == {"rounds": 100}
-    assert recipe.data.params.model_dump() == {"size": 8}
+    assert recipe.data.params.model_dump() == {"size": 8, "validation_fraction": 0.0, "split_seed": 0}
     assert load(written(tmp_path, GOOD + "name: other\n")).name == "other"
     assert name_from(Path("...yaml")) == "recipe"
 
@@ -96,7 +96,7 @@ def test_five_mistakes_are_five_lines_each_at_its_place(tmp_path: Path) -> None:
         ),
         ("  epochs: 2", "  epochs: 2\n  steps: 3", "recipe.yaml:8:1: training: give exactly one of epochs and steps"),
         ("init: {}", "init: 3", "recipe.yaml:10:7: init: expected a mapping, found 3"),
-        ("data:\n  params:\n    size: 8", "data:", "recipe.yaml:5:1: data: expected a mapping, found nothing"),
+        ("data:\n  params:\n    size: 8", "data:", "recipe.yaml:5:1: data: is required: add it"),
         ("  - runtime: openvino", "  runtime: openvino", "recipe.yaml:14:1: deploy: expected a list, found a mapping"),
         ("name: resnet8", "name: 8", "expected one of lenet-300-100, lenet-5, resnet8, resnet20, resnet32, resnet56"),
         ("{name: resnet8, in_channels: 1}", "{}", "recipe.yaml:4:3: model.params.name: is required: add it"),

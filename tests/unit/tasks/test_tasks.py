@@ -35,7 +35,7 @@ def test_classification_metrics():
     measured = classification.create(classification.Params(label_smoothing=0.2)).evaluate(
         {"output": logits.numpy()}, {"target": target.numpy()}
     )
-    assert list(measured) == ["accuracy", "loss"]
+    assert list(measured) == ["accuracy", "balanced_accuracy", "f1_macro", "loss"]
     assert measured["accuracy"] == pytest.approx((logits.argmax(1) == target).float().mean().item())
     assert measured["loss"] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-6)
 
@@ -43,7 +43,7 @@ def test_classification_metrics():
 def test_huge_logits_do_not_overflow_the_loss():
     logits = np.array([[1e4, 0.0], [0.0, 1e4]], dtype=np.float32)
     measured = CLASSES.evaluate({"output": logits}, {"target": np.array([0, 0])})
-    assert measured == {"accuracy": 0.5, "loss": pytest.approx(5e3)}
+    assert (measured["accuracy"], measured["loss"]) == (0.5, pytest.approx(5e3))
 
 
 def test_ties_go_to_the_lower_class():
@@ -78,9 +78,10 @@ def test_regression_loss_and_metrics():
     assert measured == {
         "rmse": pytest.approx(math.sqrt(5 / 3)),
         "mae": pytest.approx(1.0),
+        "r2": pytest.approx(1 - 5 / (14 / 3)),
         "loss": pytest.approx(5 / 3),
     }
-    assert list(VALUES.metrics.items()) == [("rmse", "lower"), ("mae", "lower")]
+    assert list(VALUES.metrics.items()) == [("rmse", "lower"), ("mae", "lower"), ("r2", "higher")]
 
 
 @pytest.mark.parametrize(

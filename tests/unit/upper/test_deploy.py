@@ -14,8 +14,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sparsify_deploy import deploy, menu
-from sparsify_deploy.deploy import _params, _pattern, _shape, parse_batches
+from sparsify_deploy.deploy import _params, _pattern, parse_batches
 from sparsify_deploy.errors import CorruptArtifact, DataError, RuntimeUnavailable, UsageError
+from sparsify_deploy.runtimes._tensors import full_shapes
 from sparsify_deploy.types import IOTensor, Silent
 
 Net = Callable[..., Path]
@@ -211,6 +212,10 @@ def test_a_fixed_batch_and_a_second_dynamic_axis_are_refused_by_name(net: Net) -
         DataError, match=r"^wide\.onnx: input image .*with a dynamic axis besides the batch: pass --shape"
     ):
         bench(net("wide.onnx", ("batch", 16, "h", 4)))
+
+
+def _shape(tensor: IOTensor, batch: int, where: str) -> tuple[int, ...]:
+    return full_shapes([tensor], batch, {}, where)[tensor.name]
 
 
 def test_shapes_put_the_batch_on_the_first_axis() -> None:

@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sparsify_deploy.errors import CheckFailed
+from sparsify_deploy.export.axes import FreeAxes
 from sparsify_deploy.layer_verdict import times_of
 from sparsify_deploy.recipe import Benchmark, Export
 from sparsify_deploy.reports import SAME_GRAPH, BenchmarkReport, load
@@ -46,8 +47,17 @@ class Subject:
     examples = SimpleNamespace(inputs=("x",), split=lambda name: Split())
     opened_task = SimpleNamespace(evaluate=lambda outputs, batch: {"accuracy": float((outputs["y"] > 0).mean())})
 
+    measured = True
+    packages = ("torch",)
+    free_axes = FreeAxes()
+
     def example(self, count: int = 1) -> dict[str, Any]:
         return Split().take(torch.arange(count))
+
+    def test_arrays(self, count: int | None = None) -> dict[str, Any]:
+        return {name: values.numpy() for name, values in self.example(40 if count is None else count).items()}
+
+    timed_arrays = test_arrays
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from sparsify_deploy.artifacts.fingerprint import digest
 from sparsify_deploy.artifacts.store import Record
 from sparsify_deploy.pipeline import Fingerprints
 from sparsify_deploy.plan import PlannedStep, plan
-from sparsify_deploy.recipe import MENU_SECTIONS, Recipe
+from sparsify_deploy.recipe import MENU_SECTIONS, CalibrationData, Recipe
 from sparsify_deploy.stages.base import Stage
 
 Make = Callable[..., Recipe]
@@ -120,6 +120,8 @@ def something(kind: Any, folder: Path) -> Any:
     if get_origin(kind) is tuple:
         args = get_args(kind)
         return tuple(something(arg, folder) for arg in args if arg is not ...)
+    if kind is CalibrationData:
+        return CalibrationData.model_validate({"source": "npz", "params": {"path": folder / "data.npz"}})
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return kind.model_construct()
     if kind is Path:
@@ -139,12 +141,16 @@ def examples_of(which: str, name: str, folder: Path) -> dict[str, Any]:
     needed: dict[tuple[str, str], dict[str, Any]] = {
         ("models", "builtin"): {"name": "resnet8"},
         ("models", "file"): {"path": folder / "model.py", "arguments": {"width": 3}},
+        ("models", "onnx"): {"path": folder / "model.py", "shapes": {"tokens": (3,)}},
         ("models", "timm"): {"name": "resnet18", "arguments": {"drop_rate": 3}},
         ("models", "torchvision"): {"name": "resnet18", "arguments": {"width_per_group": 3}},
         ("datasets", "file"): {"path": folder / "data.py", "arguments": {"width": 3}},
+        ("tasks", "file"): {"path": folder / "model.py", "arguments": {"width": 3}},
         ("datasets", "folder"): {"path": folder / "images"},
+        ("datasets", "huggingface"): {"path": folder / "parquet"},
         ("datasets", "npz"): {"path": folder / "data.npz"},
         ("datasets", "parquet"): {"path": folder / "parquet"},
+        ("datasets", "torchvision"): {"name": "MNIST", "path": folder / "torchvision"},
     }
     return needed.get((which, name), {})
 
@@ -158,8 +164,12 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("model.py", "data.py", "data.npz", "start.safetensors"):
         (tmp_path / name).write_text(name, encoding="utf-8")
     (tmp_path / "parquet").mkdir()
-    for name in ("train-0.parquet", "test-0.parquet", "train-0.parquetx", "test-0.parquetx"):
+    for name in ("train-0.parquet", "test-0.parquet", "train-0.parquetx", "test-0.parquetx", "else"):
         (tmp_path / "parquet" / name).write_text(name, encoding="utf-8")
+    sets = menu.entry("datasets", "torchvision").SETS
+    monkeypatch.setitem(sets, "MNISTx", sets["MNIST"])
+    (tmp_path / "torchvision" / "MNIST" / "raw").mkdir(parents=True)
+    (tmp_path / "torchvision" / "MNIST" / "raw" / "file").write_text("bytes", encoding="utf-8")
     for name in ("train", "trainx", "test", "else"):
         (tmp_path / "images" / name / "a").mkdir(parents=True)
         (tmp_path / "images" / name / "a" / "0.png").write_text(name, encoding="utf-8")
@@ -253,8 +263,10 @@ BOTH_FLAVOURS = [{"runtime": "openvino"}, {"runtime": "onnxruntime"}]
 
 
 def test_the_recipe_with_every_section_reaches_every_stage_class(recipe: Make) -> None:
-    reached = {type(step.stage) for step in plan(recipe(deploy=BOTH_FLAVOURS), sensitivity=True).steps}
-    assert reached == stage_classes()
+    given = {"source": "onnx", "params": {"path": "model.onnx"}}
+    flavoured = [{"runtime": "onnxruntime", "flavour": "onnxruntime"}]
+    plans = plan(recipe(deploy=BOTH_FLAVOURS), sensitivity=True), plan(recipe(model=given, deploy=flavoured))
+    assert {type(step.stage) for found in plans for step in found.steps} == stage_classes()
 
 
 def test_stages_are_frozen_dataclasses_whose_environment_is_known(recipe: Make) -> None:
@@ -468,6 +480,7 @@ def test_results_that_depend_on_the_machine_say_so(recipe: Make, fact: str, stag
         ("models", "file", "model.py"),
         ("models", "builtin", "start.safetensors"),
         ("datasets", "file", "data.py"),
+        ("tasks", "file", "model.py"),
         ("datasets", "folder", "images/test/a/0.png"),
         ("datasets", "npz", "data.npz"),
         ("datasets", "parquet", "parquet/train-0.parquet"),

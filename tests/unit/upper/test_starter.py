@@ -70,7 +70,7 @@ def test_your_own_file_needs_trust_and_a_network_with_layernorm_gets_adamw(
 ) -> None:
     (tmp_path / "net.py").write_text(NET)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"init: model.source file runs Python code .* add --trust-code"):
+    with pytest.raises(UsageError, match=r"init: runs code .* add --trust-code: model.source file: .*net.py \(sha256"):
         begin("file:net.py:build", "digits", Path("r.yaml"))
     assert not (tmp_path / "r.yaml").exists()
     begin("file:net.py:build", "digits", Path("r.yaml"), trust_code=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from onnx import TensorProto, helper
 
 from sparsify_deploy import triton
 from sparsify_deploy.errors import UsageError
+from sparsify_deploy.preprocessing.spec import TextSpec, from_json
 
 Values = Sequence[tuple[str, int, Sequence[int | str]]]
 IMAGE: tuple[Values, Values] = ([("x", TensorProto.FLOAT, ["N", 3, 8, 8])], [("y", TensorProto.FLOAT, ["N", 10])])
@@ -196,6 +198,25 @@ def test_parameters_of_the_engine_reach_the_backend(written: Callable[..., tuple
     assert config.parameters["HINT_BF16"].string_value == "YES"
     config, _ = written(*IMAGE, params={"provider": "CUDA"})
     assert config.instance_group[0].kind == type(config.instance_group[0]).KIND_GPU
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_clients_are_told_how_raw_examples_become_inputs(
+    written: Callable[..., tuple[Any, Path]], tmp_path: Path, runtime: str
+) -> None:
+    spec = TextSpec(16, classes=('say "hi"', "back\\slash", "\N{GREEK SMALL LETTER ALPHA}\n}"))
+    files = {"preprocessing.json": tmp_path / "p.json", "tokenizer.json": tmp_path / "t.json"}
+    files["preprocessing.json"].write_text(spec.to_text())
+    files["tokenizer.json"].write_text("its words")
+    config, folder = written(*TOKENS, runtime, preprocessing=files, params={"precision": "bf16"})
+    check_rules(config, folder, *TOKENS)
+    told = config.parameters["preprocessing"].string_value
+    assert from_json(json.loads(told)) == spec
+    assert (folder / "preprocessing.json").read_bytes() == files["preprocessing.json"].read_bytes()
+    assert (folder / "tokenizer.json").read_text() == "its words"
+    config, again = written(*TOKENS, runtime)
+    assert "preprocessing" not in config.parameters
+    assert not (again / "preprocessing.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,227 @@
+"""The verb that puts raw examples, files or texts, through a deployed model. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsify_deploy import menu
+from sparsify_deploy.errors import DataError, UsageError
+from sparsify_deploy.package import Package, check_runs
+from sparsify_deploy.package import read as read_package
+from sparsify_deploy.preprocessing.spec import ArraySpec, ImageSpec, Raw, Spec, TextSpec
+from sparsify_deploy.tables import Table
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Ask = Callable[[Raw, str], dict[str, NDArray[Any]]]
+
+_ARRAYS = (".npy", ".npz")
+_TAKES = {"image": "image files (PNG, JPEG, ...)", "text": "texts: --text, or .txt files with one a line"}
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A class with its probability, the softmax of its logit among all; `name` "" where classes have none."""
+
+    index: int
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says to one example: its likeliest classes, or its outputs where it is no classifier."""
+
+    example: str
+    guesses: tuple[Guess, ...] | None
+    outputs: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The answers, and the model they are from."""
+
+    package: Path
+    model: str
+    runtime: str
+    answers: tuple[Answer, ...]
+
+
+def predict(folder: Path, files: Sequence[Path], texts: Sequence[str], *, top: int = 5, threads: int = 1) -> Predicted:
+    """Preprocess each example as the package says and run the engine on it, one after another.
+
+    Raises DataError for a folder that holds no package and for an example that the model cannot take, CorruptArtifact
+    where a file of the package is not the one it lists, RuntimeUnavailable where its runtime cannot run here.
+    """
+    package = read_package(folder)
+    if package.spec is None:
+        raise DataError(
+            f"{folder}: says nothing of how raw examples become inputs, because the data set did not: open "
+            f"{package.engine.name} with {package.runtime} and feed it inputs of your own"
+        )
+    examples = raw_examples(package.spec, files, texts)
+    check_runs(package)
+    with opened(package, threads) as ask:
+        answers = tuple(_answer(package, name, ask(example, name), top) for name, example in examples)
+    return Predicted(folder, package.note["model"], package.runtime, answers)
+
+
+def table(found: Predicted) -> Table:
+    """One row a class, or one an output, of each example."""
+    rows: list[tuple[str, ...]] = []
+    for answer in found.answers:
+        shown = answer.example
+        for guess in answer.guesses or ():
+            rows.append((shown, guess.name or str(guess.index), str(guess.index), f"{guess.probability:.4f}"))
+            shown = ""
+        for name, value in (answer.outputs or {}).items():
+            rows.append((shown, name, _values(value)))
+            shown = ""
+    title = f"{found.package}: {found.model} in {found.runtime}"
+    if any(answer.guesses is None for answer in found.answers):
+        return Table(title, ("example", "output", "values"), tuple(rows), "The engine's outputs as they are.")
+    how = "Probability: softmax of the engine's logits over all classes; trained networks are often too sure."
+    return Table(title, ("example", "class", "index", "probability"), tuple(rows), how)
+
+
+def _values(value: Any) -> str:
+    """Numbers with six digits, the first eight of many."""
+    if not isinstance(value, list):
+        return f"{value:.6g}"
+    return f"[{', '.join(map(_values, value[:8]))}{', ...' if len(value) > 8 else ''}]"
+
+
+@contextmanager
+def opened(package: Package, threads: int = 1) -> Iterator[Ask]:
+    """What gives the engine's outputs `(1, ...)` for a raw example and the name that errors call it by."""
+    import numpy as np
+
+    from sparsify_deploy.preprocessing.prepare import opened as preparing
+
+    assert package.spec is not None
+    prepare = preparing(package.spec, package.folder)
+    runtime = menu.entry("runtimes", package.runtime)
+    with runtime.open(package.engine, package.params, threads=threads) as session:
+        size = next((tensor.shape[0] for tensor in session.inputs if tensor.shape), None) or 1
+
+        def ask(example: Raw, name: str) -> dict[str, NDArray[Any]]:
+            inputs = prepare([example], [name])
+            session.bind({key: np.repeat(values, size, axis=0) for key, values in inputs.items()})
+            session.execute()
+            return {key: values[:1] for key, values in session.fetch().items()}
+
+        yield ask
+
+
+def raw_examples(spec: Spec, files: Sequence[Path], texts: Sequence[str]) -> Iterator[tuple[str, Raw]]:
+    """What the user gave, with the name to show for each; files are judged at once and read one at a time.
+
+    Raises DataError and UsageError.
+    """
+    takes = _takes(spec)
+    if not files and not texts:
+        raise UsageError(f"nothing to predict: this model takes {takes}")
+    if texts and not isinstance(spec, TextSpec):
+        raise UsageError(f"--text: this model takes {takes}")
+    first: list[tuple[str, Raw]] = [(_shown(text), _text(spec, text, "--text")) for text in texts]
+    for path in files:
+        if not path.is_file():
+            raise DataError(f"{path}: {'is a folder: name the files in it' if path.is_dir() else 'no such file'}")
+        wanted = {"text": (".txt",), "array": _ARRAYS}.get(spec.kind)
+        suffix = path.suffix.lower()
+        if (wanted is not None and suffix not in wanted) or (wanted is None and suffix in (".txt", *_ARRAYS)):
+            raise DataError(f"{path}: this model takes {takes}")
+    return chain(first, (example for path in files for example in _of_file(spec, path)))
+
+
+def _takes(spec: Spec) -> str:
+    if isinstance(spec, ArraySpec):
+        names = ", ".join(each.name for each in spec.inputs)
+        kind = ".npy files" if len(spec.inputs) == 1 else f".npz files with {names}"
+        return f"{kind}, each {spec.example}" if spec.example else kind
+    return _TAKES[spec.kind]
+
+
+def _of_file(spec: Spec, path: Path) -> list[tuple[str, Raw]]:
+    try:
+        if isinstance(spec, ImageSpec):
+            return [(str(path), path.read_bytes())]
+        if isinstance(spec, TextSpec):
+            lines = path.read_text(encoding="utf-8").split("\n")
+            found = [
+                (f"{path}:{i}: {_shown(line)}", _text(spec, line, f"{path}:{i}"))
+                for i, line in enumerate(lines, 1)
+                if line.strip()
+            ]
+        else:
+            return [(str(path), _arrays(path))]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is no text in UTF-8 (byte {error.start})") from error
+    if not found:
+        raise DataError(f"{path}: holds no text")
+    return found
+
+
+def _text(spec: Spec, text: str, where: str) -> Raw:
+    """One text, or the two of a pair with a tab between them."""
+    assert isinstance(spec, TextSpec)
+    if not spec.pair:
+        return text
+    first, tab, second = text.partition("\t")
+    if not tab:
+        raise DataError(f"{where}: this model takes pairs of texts: put a tab between the two")
+    return first, second
+
+
+def _arrays(path: Path) -> Raw:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            return dict(found) if isinstance(found, np.lib.npyio.NpzFile) else np.asarray(found)
+    except (ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        raise DataError(
+            f"{path}: is no array of numbers, or is damaged ({' '.join(str(error).split())[:160]})"
+        ) from error
+
+
+def _shown(text: str) -> str:
+    plain = " ".join(text.split())
+    return plain if len(plain) <= 60 else plain[:57] + "..."
+
+
+def _answer(package: Package, name: str, outputs: Mapping[str, NDArray[Any]], top: int) -> Answer:
+    """The likeliest classes of a classifier, else every output as it is."""
+    from sparsify_deploy.tasks._fields import chosen_output
+
+    task = package.note["task"]
+    if task["name"] != "classification":
+        return Answer(name, None, {key: values[0].tolist() for key, values in outputs.items()})
+    return Answer(name, likeliest(chosen_output(outputs, task.get("output"))[0], _classes(package), top), None)
+
+
+def likeliest(logits: NDArray[Any], names: Sequence[str], top: int) -> tuple[Guess, ...]:
+    """The `top` classes of logits `(classes,)`, the likeliest first; ties: the lower index first."""
+    import numpy as np
+
+    if logits.ndim != 1 or not np.isfinite(logits).all():
+        raise DataError(f"the engine's logits are of shape {logits.shape} or not finite: it is no classifier's answer")
+    wide = np.exp(logits.astype(np.float64) - logits.max())
+    shares = wide / wide.sum()
+    named = names if len(names) == len(logits) else [""] * len(logits)
+    return tuple(Guess(int(i), named[i], float(shares[i])) for i in np.argsort(-shares, kind="stable")[:top])
+
+
+def _classes(package: Package) -> Sequence[str]:
+    return (package.spec.classes if package.spec is not None else None) or ()
