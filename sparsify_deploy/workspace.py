@@ -200,6 +200,8 @@ class Workspace:
         pending = [s for s in steps if s.state != "cached"]
         missing = tuple(dict.fromkeys(line for s in pending for line in s.step.stage.unmet()))
         able = importlib.util.find_spec("torch") is not None and not missing
+        if able:
+            self.plan.subject.check_network()  # what does not fit the data is said as a run says it
         estimates = [s.step.stage.estimate() if able and s.state != "cached" else None for s in steps]
         layers = forecast_layers(self.plan.subject, self.recipe.nm) if able else ()
         worst = self.recipe.nm.keep_worst_dense if self.recipe.nm else 0

@@ -31,6 +31,6 @@ def test_a_folder_trains_and_what_it_left_out_is_in_the_report(tmp_path: Path) -
     opened = workspace.open_run(tmp_path / "r.yaml", run_dir=tmp_path / "run")
     report = opened.run(Silent(), device="cpu", checkpoint_every_s=60)
     assert [note for note in report.notes if note.startswith("data:")] == [
-        "data: the test split leaves out 1 of 4 files that are no images: test/dog/1.png"
+        "data: the test split leaves out 1 of 4 images that cannot be read: test/dog/1.png"
     ]
     assert report.rows[0].model.examples == 3

@@ -210,7 +210,7 @@ def test_divergence_is_exit_6_and_says_what_to_change(cli, recipe):
         (("run", "tiny.yaml", "--set", "model.params.in_channels=3"), 5, "does not fit the data"),
         (("run", "tiny.yaml", "--set", "init.keep_dense=[nope]"), 5, "nope"),
         (("run", "tiny.yaml", "--set", "data={source: npz, params: {path: gone.npz}}"), 5, "gone.npz"),
-        (("run", "tiny.yaml", "--set", "model={source: file, params: {path: m.py}}"), 2, "--trust-code"),
+        (("run", "tiny.yaml", "--set", "model={source: file, params: {path: tiny.yaml}}"), 2, "--trust-code"),
         (("build", "gone.onnx"), 5, "gone.onnx"),
         (("bench", "tiny.yaml"), 5, "tiny.yaml"),
         (("inspect", "tiny.yaml"), 5, "tiny.yaml"),

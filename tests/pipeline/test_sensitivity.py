@@ -358,7 +358,7 @@ def test_the_worst_layers_stay_dense_and_the_verb_has_nothing_left_to_measure(cl
         (("sensitivity", "tiny.yaml", "--set", "nm.keep_dense=[nope]"), 5, "nope"),
         (("sensitivity", "tiny.yaml", "--set", "quantize.keep_float=[nope]"), 5, "nope"),
         (("sensitivity", "tiny.yaml", "--set", "nm.keep_worst_dense=-1"), 2, "nm.keep_worst_dense"),
-        (("sensitivity", "tiny.yaml", "--set", "model={source: file, params: {path: m.py}}"), 2, "--trust-code"),
+        (("sensitivity", "tiny.yaml", "--set", "model={source: file, params: {path: tiny.yaml}}"), 2, "--trust-code"),
         (("sensitivity", "tiny.yaml", "--device", "tpu"), 2, "--device"),
     ],
 )

@@ -98,7 +98,7 @@ def other_scalar(value: Any, kinds: tuple[Any, ...], folder: Path) -> Any:
     if isinstance(value, float):
         return value / 2 if value else 0.125
     assert isinstance(value, str), f"{type(value)} has no other value here: teach this test one"
-    return f"{value}x"
+    return f"x{value}" if value.endswith("*") else f"{value}x"
 
 
 def other_folder(value: Path, folder: Path) -> Path:
@@ -142,6 +142,7 @@ def examples_of(which: str, name: str, folder: Path) -> dict[str, Any]:
         ("models", "builtin"): {"name": "resnet8"},
         ("models", "file"): {"path": folder / "model.py", "arguments": {"width": 3}},
         ("models", "onnx"): {"path": folder / "model.py", "shapes": {"tokens": (3,)}},
+        ("models", "transformers"): {"path": folder / "encoder", "arguments": {"width": 3}},
         ("models", "timm"): {"name": "resnet18", "arguments": {"drop_rate": 3}},
         ("models", "torchvision"): {"name": "resnet18", "arguments": {"width_per_group": 3}},
         ("datasets", "file"): {"path": folder / "data.py", "arguments": {"width": 3}},
@@ -150,6 +151,7 @@ def examples_of(which: str, name: str, folder: Path) -> dict[str, Any]:
         ("datasets", "huggingface"): {"path": folder / "parquet"},
         ("datasets", "npz"): {"path": folder / "data.npz"},
         ("datasets", "parquet"): {"path": folder / "parquet"},
+        ("datasets", "text"): {"path": folder / "texts", "tokenizer": folder / "encoder", "validation": "val*"},
         ("datasets", "torchvision"): {"name": "MNIST", "path": folder / "torchvision"},
     }
     return needed.get((which, name), {})
@@ -166,6 +168,12 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "parquet").mkdir()
     for name in ("train-0.parquet", "test-0.parquet", "train-0.parquetx", "test-0.parquetx", "else"):
         (tmp_path / "parquet" / name).write_text(name, encoding="utf-8")
+    (tmp_path / "texts").mkdir()
+    for name in ("train.csv", "test.csv", "val.csv", "xtrain.csv", "xtest.csv", "xval.csv"):
+        (tmp_path / "texts" / name).write_text(name, encoding="utf-8")
+    (tmp_path / "encoder").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / "encoder" / name).write_text(name, encoding="utf-8")
     sets = menu.entry("datasets", "torchvision").SETS
     monkeypatch.setitem(sets, "MNISTx", sets["MNIST"])
     (tmp_path / "torchvision" / "MNIST" / "raw").mkdir(parents=True)
