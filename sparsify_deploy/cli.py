@@ -148,13 +148,27 @@ def sensitivity(
 def init(
     model: Annotated[
         str,
-        typer.Option(metavar="SOURCE:NAME", help="timm:resnet50, torchvision:..., file:net.py:build, onnx:FILE"),
+        typer.Option(
+            metavar="SOURCE:NAME",
+            help="timm:resnet50, torchvision:NAME, transformers:DIR, file:net.py:build, builtin:NAME, onnx:FILE",
+        ),
     ],
     data: Annotated[
-        str | None, typer.Option(metavar="SOURCE:PATH", help="folder:DIR, npz:FILE, parquet:DIR, file:FILE, digits")
+        str | None,
+        typer.Option(
+            metavar="SOURCE:PATH",
+            help="folder:DIR, npz:FILE, parquet:DIR, text:DIR, huggingface:DIR, torchvision:DIR:NAME, file:FILE, "
+            "digits",
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="the recipe")] = Path("recipe.yaml"),
     checkpoint: Annotated[Path | None, typer.Option(help="trained weights: .safetensors, or a .pt of tensors")] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="as in data.params.test_fraction=0.2, model.params...; repeatable"
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace a recipe that is there")] = False,
     trust_code: Trust = False,
     as_json: AsJson = False,
@@ -162,7 +176,9 @@ def init(
     """Write a recipe that takes a trained network to 2:4 and INT8, with defaults that follow from it and the data."""
     from sparsify_deploy import starter
 
-    found = starter.start(model, data, output, checkpoint=checkpoint, trust_code=trust_code, force=force)
+    found = starter.start(
+        model, data, output, checkpoint=checkpoint, trust_code=trust_code, force=force, sets=sets or ()
+    )
     console.started(found, as_json=as_json)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from sparsify_deploy import menu
 from sparsify_deploy.errors import MissingExtra, RecipeError, UsageError
+from sparsify_deploy.recipe_yaml import Leaf, Place, read
 from sparsify_deploy.stages.given import Given
 from sparsify_deploy.stages.project_nm import LayerForecast, forecast_layers
 from sparsify_deploy.types import Json
@@ -48,11 +49,19 @@ class _Source:
 
 
 def start(
-    model: str, data: str | None, output: Path, *, checkpoint: Path | None, trust_code: bool, force: bool
+    model: str,
+    data: str | None,
+    output: Path,
+    *,
+    checkpoint: Path | None,
+    trust_code: bool,
+    force: bool,
+    sets: Sequence[str] = (),
 ) -> Start:
     """Write a recipe for `model` (`timm:resnet50`, `file:net.py:build`) on `data` (`folder:/data`, `digits`).
 
-    A model `onnx:FILE` is taken as it is, and may come without data. Opens the data and builds the network to choose
+    A model `onnx:FILE` is taken as it is, and may come without data. `sets` are further parameters of the two, such as
+    `data.params.test_fraction=0.2`. Opens the data and builds the network to choose
     classes, batch, learning rates and epochs. Raises UsageError for a text that names no source, for a file that exists
     unless `force`, and where Python files would run without `trust_code`; what is wrong with network or data as `run`
     would.
@@ -63,25 +72,29 @@ def start(
         raise UsageError(f"-o {output}: exists already; name another file, or add --force")
     if not output.absolute().parent.is_dir():
         raise UsageError(f"-o {output}: the folder {output.absolute().parent} does not exist")
-    network = _parsed("model", "models", model, output)
+    network = _with_sets("model", "models", _parsed("model", "models", model, output), sets, output)
     if network.source == "onnx":
         if checkpoint is not None:
             raise UsageError("--checkpoint: is loaded into a torch network, and an ONNX file has none: leave it out")
-        given = _parsed("data", "datasets", data, output) if data is not None else None
+        given = (
+            _with_sets("data", "datasets", _parsed("data", "datasets", data, output), sets, output) if data else None
+        )
         return _start_given(network, given, output, trust_code)
     if data is None:
         raise UsageError(f"--data: is needed for --model {model}; only an ONNX file can do without")
-    examples = _with_tokenizer(_parsed("data", "datasets", data, output), network)
+    examples = _with_sets("data", "datasets", _parsed("data", "datasets", data, output), sets, output)
+    examples = _beside_network(examples, network, output)
     weights = _beside(checkpoint, output) if checkpoint is not None else None
     subject = _opened(_text(output, network, examples, weights, _Chosen()), output, trust_code)
     found = subject.examples
     network = _Source(network.source, {**network.params, **_fitting(network, subject)})
-    size = len(found.split("train"))
-    first = _text(output, network, examples, weights, _Chosen(size=size))
+    size, task = len(found.split("train")), "regression" if _of_values(subject) else "classification"
+    first = _text(output, network, examples, weights, _Chosen(size=size, task=task))
     subject = _opened(first, output, trust_code)
+    examples = _scaled(examples, subject)
     normed = any(type(part).__name__ == "LayerNorm" for part in subject.check_traceable().modules())
     layers = forecast_layers(subject, None)
-    text = _text(output, network, examples, weights, _Chosen(size, layers, normed))
+    text = _text(output, network, examples, weights, _Chosen(size, layers, normed, task))
     _opened(text, output, trust_code)
     _written(output, text)
     entries = menu.entry("models", network.source), menu.entry("datasets", examples.source)
@@ -163,6 +176,8 @@ def _parsed(option: str, kind: str, text: str, output: Path) -> _Source:
         if taken is None:
             raise UsageError(f"--{option} {text}: {source} takes a path and nothing after it")
         given[taken] = made
+    elif "name" in fields and fields["name"].is_required():
+        raise UsageError(f"--{option} {text}: {source} needs a folder and a name, as in {source}:FOLDER:NAME")
     return _Source(source, given)
 
 
@@ -177,12 +192,66 @@ def _beside(path: Path, output: Path) -> str:
     return str(expanded) if expanded.is_absolute() else os.path.relpath(expanded, output.absolute().parent)
 
 
-def _with_tokenizer(data: _Source, network: _Source) -> _Source:
-    """Texts need a tokenizer; a network's own folder commonly has it."""
+def _with_sets(option: str, kind: str, source: _Source, sets: Sequence[str], output: Path) -> _Source:
+    """A source with the parameters that `--set` gives it; paths in them as seen from the recipe."""
+    given = dict(source.params)
+    for item in sets:
+        name, equals, text = item.partition("=")
+        section, _, field = name.strip().partition(".params.")
+        if not equals or not field or section not in ("model", "data"):
+            raise UsageError(
+                f"--set {item}: init takes model.params.KEY=VALUE and data.params.KEY=VALUE; the rest is a field of "
+                "the recipe that it writes"
+            )
+        if section != option:
+            continue
+        about = menu.entry(kind, source.source).Params.model_fields.get(field)
+        if about is not None and "Path" in str(about.annotation):
+            given[field] = _beside(Path(text), output)
+            continue
+        value, wrong = read(text, "", whole=Place(f"--set {item}", 0, 0))
+        if wrong or not isinstance(value, Leaf):
+            raise UsageError(f"--set {item}: expected one value; put lists and mappings into the recipe itself")
+        given[field] = value.value
+    return _Source(source.source, given)
+
+
+def _beside_network(data: _Source, network: _Source, output: Path) -> _Source:
+    """What the folder of a network says of its data: it commonly holds the tokenizer, the positions and image size."""
     fields = menu.entry("datasets", data.source).Params.model_fields
-    if "tokenizer" in fields and "tokenizer" not in data.params and "path" in network.params:
-        return _Source(data.source, {**data.params, "tokenizer": network.params["path"]})
+    place = network.params.get("path")
+    if network.source != "transformers" or not isinstance(place, str):
+        return data
+    try:
+        about = json.loads((output.absolute().parent / place / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        about = {}  # opening the network says what is wrong with its folder
+    found: dict[str, Json] = {"tokenizer": place} if "tokenizer" in fields else {}
+    positions, size = (about.get(key) for key in ("max_position_embeddings", "image_size"))
+    if "max_length" in fields and isinstance(positions, int) and positions < fields["max_length"].default:
+        found["max_length"] = positions
+    if "size" in fields and "image_size" in about and isinstance(size, int):
+        found["size"] = size
+    return _Source(data.source, {**found, **data.params})
+
+
+def _scaled(data: _Source, subject: Subject) -> _Source:
+    """With the scale of images that timm says its network was trained on, where it is not ImageNet's."""
+    trained = getattr(subject.check_network(), "pretrained_cfg", None) or {}
+    normalize = menu.entry("datasets", data.source).Params.model_fields.get("normalize")
+    if normalize is None or "half" not in str(normalize.annotation) or "normalize" in data.params:
+        return data
+    halves = (0.5, 0.5, 0.5)
+    if tuple(trained.get("mean", ())) == halves and tuple(trained.get("std", ())) == halves:
+        return _Source(data.source, {**data.params, "normalize": "half"})
     return data
+
+
+def _of_values(subject: Subject) -> bool:
+    """Whether the targets are real numbers, so that the task is regression."""
+    import torch
+
+    return subject.examples.split("train").take(torch.arange(1))["target"].is_floating_point()
 
 
 def _fitting(network: _Source, subject: Subject) -> dict[str, Json]:
@@ -233,6 +302,7 @@ class _Chosen:
     size: int = 0
     layers: Sequence[LayerForecast] = ()
     normed: bool = False
+    task: str = "classification"
 
 
 def _text(output: Path, network: _Source, data: _Source, checkpoint: str | None, chosen: _Chosen) -> str:
@@ -267,6 +337,11 @@ def _text(output: Path, network: _Source, data: _Source, checkpoint: str | None,
         f"  source: {data.source}",
         *([f"  params: {_flow(data.params)}"] if data.params else []),
         "",
+        *(
+            [f"task: {{name: {chosen.task}}}  # the targets are real numbers", ""]
+            if chosen.task == "regression"
+            else []
+        ),
         f"# {chosen.size} training examples. The learning rate: {why}." if chosen.size else "# The training.",
         "training:",
         f"  epochs: {epochs}",
@@ -289,10 +364,16 @@ def _text(output: Path, network: _Source, data: _Source, checkpoint: str | None,
         "",
         "benchmark: {batch_sizes: [1, 32]}",
         "",
-        "gates:",
-        "  max_drop: 0.01  # of the first metric, against dense FP32; a larger one ends the run with exit code 4",
+        *_gate(chosen.task),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _gate(task: str) -> list[str]:
+    if task == "regression":
+        return ["# gates: {max_drop: 0.1}  # rise of rmse over dense FP32, in the target's unit; exit code 4 beyond it"]
+    gate = "  max_drop: 0.01  # of the first metric, against dense FP32; a larger one ends the run with exit code 4"
+    return ["gates:", gate]
 
 
 def _flow(values: Mapping[str, Json]) -> str:

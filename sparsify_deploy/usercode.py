@@ -167,18 +167,22 @@ def _hint(name: str, module: ModuleType) -> str:
 
 def one_line(path: Path, exc: BaseException) -> str:
     """`file:line: Type: message`, the line being the deepest one in the user's own folder."""
-    folder = path.resolve().parent
-    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(exc.__traceback__)]
-    message = str(exc)
-    if isinstance(exc, SyntaxError) and exc.filename:
-        places.append((exc.filename, exc.lineno))
-        message = exc.msg
-    own = [f"{file}:{line}" for file, line in places if _is_own(Path(file), folder)]
+    message = exc.msg if isinstance(exc, SyntaxError) and exc.filename else str(exc)
     text = " ".join(message.split())
     if len(text) > _LONGEST_MESSAGE:
         text = text[:_LONGEST_MESSAGE] + "..."
     what = f"{type(exc).__name__}: {text}" if text else type(exc).__name__
-    return f"{own[-1] if own else path}: {what}"
+    return f"{line_of(path, exc)}: {what}"
+
+
+def line_of(path: Path, exc: BaseException) -> str:
+    """`file:line` of the deepest line in the user's own folder that an exception came through, else `path`."""
+    folder = path.resolve().parent
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(exc.__traceback__)]
+    if isinstance(exc, SyntaxError) and exc.filename:
+        places.append((exc.filename, exc.lineno))
+    own = [f"{file}:{line}" for file, line in places if _is_own(Path(file), folder)]
+    return own[-1] if own else str(path)
 
 
 def _is_own(file: Path, folder: Path) -> bool:

@@ -201,7 +201,8 @@ class Workspace:
         missing = tuple(dict.fromkeys(line for s in pending for line in s.step.stage.unmet()))
         able = importlib.util.find_spec("torch") is not None and not missing
         if able:
-            self.plan.subject.check_network()  # what does not fit the data is said as a run says it
+            for each in pending:  # what a run refuses before its first step is refused here
+                each.step.stage.preflight()
         estimates = [s.step.stage.estimate() if able and s.state != "cached" else None for s in steps]
         layers = forecast_layers(self.plan.subject, self.recipe.nm) if able else ()
         worst = self.recipe.nm.keep_worst_dense if self.recipe.nm else 0

@@ -213,6 +213,12 @@ def _input_column(features: Mapping[str, Any], params: Params, where: str) -> tu
     name = params.input
     if name is None:
         images = [each for each, feature in features.items() if _is_image(feature)]
+        texts = [each for each, feature in features.items() if _leaf(feature) == "string"]
+        if not images and texts:
+            raise DataError(
+                f"{where}: has no column of images, and text in {', '.join(texts)}: save each split with to_parquet "
+                "into one folder and use data.source text, or name a column of numbers as data.params.input"
+            )
         if len(images) != 1:
             many = f"{len(images)} columns of images" if images else "no column of images"
             raise DataError(f"{where}: has {many}: name the inputs as data.params.input, one of {', '.join(features)}")
@@ -221,7 +227,7 @@ def _input_column(features: Mapping[str, Any], params: Params, where: str) -> tu
         raise DataError(f"{where}: no column is called {name!r}{did_you_mean(name, features)}")
     feature = features[name]
     if not _is_image(feature) and _leaf(feature) == "string":
-        raise DataError(f"{where}: column {name} holds text: use data.source text")
+        raise DataError(f"{where}: column {name} holds text: save it with to_parquet and use data.source text")
     return name, _is_image(feature)
 
 

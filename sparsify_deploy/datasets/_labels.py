@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -20,6 +20,7 @@ _RARE = 0.2
 """A class with less than this share of what it would have, were all classes alike, is rare."""
 
 _NAMED = 3
+_SPLITS: tuple[Literal["train", "test", "validation"], ...] = ("train", "test", "validation")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,18 @@ def judge(data: DataSet) -> Judged:
         *_strangers(trained, found, data),
     ]
     return Judged(tuple(notes), counts)
+
+
+def largest_label(data: DataSet) -> tuple[Literal["train", "test", "validation"], int] | None:
+    """The split and the index of an example with the largest label; None where labels are not to be had so."""
+    best: tuple[int, Literal["train", "test", "validation"], int] | None = None
+    names = {*getattr(data, "splits", ("train", "test")), "train", "test"}
+    for name in _SPLITS:
+        if name in names and (labels := _labels(data.split(name))) is not None:
+            index = int(labels.argmax())
+            if best is None or int(labels[index]) > best[0]:
+                best = (int(labels[index]), name, index)
+    return None if best is None else best[1:]
 
 
 def _labels(split: Split) -> NDArray[Any] | None:

@@ -41,6 +41,9 @@ class Affine:
 UNIT = Affine(torch.zeros(()), torch.full((), 255.0))
 """Bytes to 0..1."""
 
+HALF = Affine(torch.full((), 127.5), torch.full((), 127.5))
+"""Bytes to -1..1."""
+
 
 @dataclass(frozen=True)
 class MemorySplit:
@@ -180,9 +183,11 @@ def imagenet(*, grey: bool) -> Affine:
 
 
 def normalization(which: str, values: NDArray[np.uint8], *, grey: bool) -> Affine:
-    """What makes inputs of bytes `(N, C, H, W)`: `imagenet`, `data` (measured on `values`) or `none` (to 0..1)."""
+    """What makes inputs of bytes `(N, C, H, W)`: `imagenet`, `half` (-1..1), `data` (of `values`) or `none` (0..1)."""
     if which == "imagenet":
         return imagenet(grey=grey)
+    if which == "half":
+        return HALF
     return standardising(values) if which == "data" else UNIT
 
 

@@ -49,5 +49,8 @@ class Images(MaybeUnlabelled):
     max_unreadable: Fraction = Field(0.01, description="skip: the largest share of a split that may be left out")
 
 
-NORMALIZE = "by ImageNet's mean and deviation, as pretrained networks expect; this train split's; or to 0..1"
-Normalize = Literal["imagenet", "data", "none"]
+NORMALIZE = (
+    "by ImageNet's mean and deviation, as most pretrained networks expect; half: to -1..1, as others do (timm's tf_ "
+    "networks, many vision transformers); by this train split's; or to 0..1"
+)
+Normalize = Literal["imagenet", "half", "data", "none"]

@@ -43,6 +43,11 @@ class TextSplit:
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    def target(self) -> NDArray[Any]:
+        """All targets `(N,)`, which are judged without making the texts."""
+        return self.targets
+
     def take(self, indices: Tensor) -> dict[str, Tensor]:
         """The examples at int64 `indices` `(B,)`, padded together: int64 `(B, L)`."""
         rows = indices.numpy()

@@ -66,7 +66,8 @@ def split_folders(params: Params) -> dict[str, Path]:
     found = {"train": params.path / params.train}
     if not found["train"].is_dir():
         raise DataError(
-            f"{params.path}: has no folder {params.train} for the train split: make one, or name it by data.params"
+            f"{params.path}: has no folder {params.train} for the train split: make one, or name "
+            "another as data.params.train (. for the classes right here)"
         )
     if params.validation is not None:
         found["validation"] = params.path / params.validation

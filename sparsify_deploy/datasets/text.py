@@ -87,9 +87,11 @@ def split_files(params: Params) -> dict[str, list[Path]]:
         if matches:
             found[split] = matches
         elif pattern is not None and not (split == "test" and params.test_fraction):
-            advice = "; or set data.params.test_fraction, such as 0.2" if split == "test" else ""
+            advice = ", or set data.params.test_fraction, such as 0.2" if split == "test" else ""
             kinds = ", ".join(SUFFIXES)
-            raise DataError(f"{params.path}: no file ({kinds}) matches {split} pattern {pattern!r}{advice}")
+            raise DataError(
+                f"{params.path}: no file ({kinds}) matches {split} pattern {pattern!r}: set data.params.{split}{advice}"
+            )
     every = [path for paths in found.values() for path in paths]
     if twice := {path for path in every if every.count(path) > 1}:
         raise DataError(f"{min(twice)}: is in two splits; tests on training data are worthless, narrow the patterns")

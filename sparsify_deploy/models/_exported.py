@@ -9,8 +9,10 @@ for. The result is compared with the network on other sizes before it is used.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -319,13 +321,15 @@ def _check(found: Exported, network: nn.Module, call: Call, batches: Sequence[Ma
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export's hints about its own workings."""
-    log = logging.getLogger("torch.export")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """torch.export's hints about its own workings, of which some are printed."""
+    logs = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)

@@ -43,6 +43,8 @@ def classifier(params: Params) -> fx.GraphModule:
         _GRAPHS[key] = _text_graph(network, params.inputs) if text else _image_graph(network)
     module = _GRAPHS[key].over(network)
     module.meta["notes"] = notes
+    if not any(note.endswith("start new") for note in notes):
+        module.meta["classes"] = tuple(config.id2label.values())
     return module
 
 

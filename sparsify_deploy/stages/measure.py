@@ -97,6 +97,7 @@ class Measure:
                 *self._timed_sizes(),
                 *([loaded.line] if loaded else []),
                 *getattr(model, "meta", {}).get("notes", ()),
+                *other_order(getattr(model, "meta", {}).get("classes", ()), self.subject.examples.classes or ()),
             ],
             "checkpoint": loaded.facts if loaded else None,
         }
@@ -145,3 +146,14 @@ def _line(report: ModelReport) -> str:
     for latency in report.latency:
         text += f"; {report.runtime} batch {latency.batch_size}: p50 {latency.p50_ms:.3f} ms"
     return text
+
+
+def other_order(model: Sequence[str], data: Sequence[str]) -> list[str]:
+    """What to say where the weights of a network were trained on the data's classes in another order."""
+    told = [[name.casefold() for name in names] for names in (model, data)]
+    if told[0] == told[1] or sorted(told[0]) != sorted(told[1]):
+        return []
+    return [
+        f"data: the model's config.json has the classes {', '.join(model)} and the data {', '.join(data)}: in this "
+        "order the weights' own answers count as wrong; number the labels as the model does"
+    ]

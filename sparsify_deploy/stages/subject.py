@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -160,7 +160,13 @@ class Subject:
     def _traced(self) -> nn.Module:
         from sparsify_deploy.quantization.folding import fold_batchnorm
 
-        return fold_batchnorm(self._checked)
+        try:
+            return fold_batchnorm(self._checked)
+        except ModelError as error:
+            if error.__cause__ is None or not menu.entry("models", self.model.source).RUNS_USER_CODE:
+                raise
+            line = usercode.line_of(self.model.params.path, error.__cause__)  # type: ignore[attr-defined]
+            raise ModelError(f"{line}: {error}") from error
 
     def calibration(self, batches: int, batch_size: int, data: CalibrationData | None = None) -> list[Batch]:
         """`batches` training batches without augmentation, the same for every stage and branch.
@@ -213,9 +219,24 @@ class Subject:
         from sparsify_deploy.export.axes import sized
 
         test, free = self.examples.split("test"), self.free_axes
-        batch = sized(test.take(torch.arange(count) % len(test)), free, free.typical)
-        own = getattr(self.opened_task, "example_inputs", None)
+        return self._for_task(sized(test.take(torch.arange(count) % len(test)), free, free.typical))
+
+    def _for_task(self, batch: Batch) -> Batch:
+        own: Callable[[Batch], Batch] | None = getattr(self.opened_task, "example_inputs", None)
         return batch if own is None else own(batch)
+
+    def _largest_label(self) -> list[Batch]:
+        """An example of the largest label of all splits, for which the network may have no class."""
+        import torch
+
+        from sparsify_deploy.datasets._labels import largest_label
+        from sparsify_deploy.export.axes import sized
+
+        found = largest_label(self.examples)
+        if found is None:
+            return []
+        batch = self.examples.split(found[0]).take(torch.tensor([found[1]]))
+        return [self._for_task(sized(batch, self.free_axes, self.free_axes.typical))]
 
     def timed_arrays(self, count: int) -> Arrays:
         """The first `count` test examples for timing: as `example` has them."""
@@ -239,7 +260,8 @@ class Subject:
         return [sized(self.example(), self.free_axes, each) for each in pairs if each]
 
     def check_fits(self, model: nn.Module) -> None:
-        """Run one test example through the network, also at the least and largest sizes of free axes, and its task.
+        """Run one test example through the network and its task, also at the least and largest sizes of free axes,
+        and one of the largest label.
 
         A user's own task is tried on a few more. `ModelError` where network and data do not fit each other, with the
         user's line where that is in a file of theirs; `DataError` where the task does not.
@@ -250,7 +272,7 @@ class Subject:
         was = model.training
         model.eval()
         try:
-            for batch in (self.example(), *self.extremes()):
+            for batch in (self.example(), *self.extremes(), *self._largest_label()):
                 with torch.no_grad():
                     outputs = self._outputs(model, batch)
                 self._check_task(outputs, batch)

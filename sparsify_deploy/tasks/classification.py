@@ -194,10 +194,15 @@ def _check(logits: tuple[int, ...], target: tuple[int, ...], dtype: Any, whole: 
     if tuple(target) != (logits[0],):
         raise DataError(f"classification needs a target of shape ({logits[0]},), the data gives {tuple(target)}")
     if not whole:
-        raise DataError(f"classification needs integer labels as target, the data gives {dtype}")
+        raise DataError(
+            f"classification needs integer labels as target, the data gives {dtype}: values need task.name regression"
+        )
 
 
 def _check_range(lowest: int, highest: int, classes: int) -> None:
     if lowest < 0 or highest >= classes:
         wrong = lowest if lowest < 0 else highest
-        raise DataError(f"label {wrong} is not one of the model's {classes} classes, 0 to {classes - 1}")
+        raise DataError(
+            f"label {wrong} is not one of the model's {classes} classes, 0 to {classes - 1}: correct the label, or "
+            "give the model more classes"
+        )

@@ -63,13 +63,15 @@ def test_crop_keeps_the_middle_and_the_aspect_ratio(tmp_path: Path) -> None:
     assert brightness("stretch") == pytest.approx(0.25, abs=0.02)
 
 
-def test_normalize_data_gives_mean_0_and_none_gives_0_to_1(images: Make) -> None:
+def test_normalize_data_gives_mean_0_half_minus_1_to_1_and_none_0_to_1(images: Make) -> None:
     path = images(both())
     data = folder.open(folder.Params(path=path, size=8, normalize="data"))
     whole = data.split("train").take(torch.arange(5))["input"]
     assert whole.mean(dim=(0, 2, 3)).tolist() == pytest.approx([0, 0, 0], abs=1e-5)
     plain = folder.open(folder.Params(path=path, size=8, normalize="none")).split("train").take(torch.arange(1))
     assert plain["input"][0, :, 0, 0].tolist() == pytest.approx([0, 100 / 255, 200 / 255])
+    half = folder.open(folder.Params(path=path, size=8, normalize="half")).split("train").take(torch.arange(1))
+    assert half["input"][0, :, 0, 0].tolist() == pytest.approx([-1, 100 / 127.5 - 1, 200 / 127.5 - 1])
 
 
 def test_grey_images_have_one_channel(images: Make) -> None:

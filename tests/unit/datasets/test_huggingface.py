@@ -143,7 +143,11 @@ def test_columns_that_cannot_be_told_or_are_not_there(tmp_path: Path) -> None:
     assert failure(path, input="x", label="lable", test_fraction=0.5).endswith("did you mean 'label'?")
     features = library.Features({"t": library.Value("string"), "label": library.ClassLabel(names=["a"])})
     library.Dataset.from_dict({"t": ["hello"], "label": [0]}, features=features).save_to_disk(tmp_path / "t")
-    assert failure(tmp_path / "t", input="t", test_fraction=0.5) == ": column t holds text: use data.source text"
+    assert failure(tmp_path / "t", input="t", test_fraction=0.5) == (
+        ": column t holds text: save it with to_parquet and use data.source text"
+    )
+    said = failure(tmp_path / "t", test_fraction=0.5)
+    assert said.startswith(": has no column of images, and text in t: save each split with to_parquet")
     uneven = library.Dataset.from_dict({"x": [[1.0], [1.0, 2.0]], "label": [0, 1]})
     uneven.save_to_disk(tmp_path / "u")
     assert "column x has rows of several lengths" in failure(tmp_path / "u", input="x", test_fraction=0.5)

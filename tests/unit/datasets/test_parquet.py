@@ -144,7 +144,8 @@ def test_files_that_are_none(folder, tmp_path: Path) -> None:
     assert failure(tmp_path / "absent") == ": no such folder"
     assert failure(path / "test-00000-of-00001.parquet") == ": not a folder"
     assert failure(path, test="valid-*.parquet") == (
-        ": no file matches test pattern 'valid-*.parquet'; or set data.params.test_fraction, such as 0.2"
+        ": no file matches test pattern 'valid-*.parquet': set data.params.test, "
+        "or set data.params.test_fraction, such as 0.2"
     )
     assert failure(path, train="*.parquet").startswith("/test-00000-of-00001.parquet: is in two splits")
 

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from sparsify_deploy.datasets import text
+from sparsify_deploy.datasets._labels import judge
 from sparsify_deploy.errors import DataError
 from sparsify_deploy.types import AxisSizes
 
@@ -251,7 +252,9 @@ def test_damaged_files(tmp_path, tokenizer, name, content, message) -> None:
 
 
 def test_splits_that_are_missing_or_the_same(folder, tokenizer, tmp_path) -> None:
-    assert "matches test pattern 'none*'; or set data.params.test_fraction" in failure(folder, tokenizer, test="none*")
+    assert "matches test pattern 'none*': set data.params.test, or set data.params.test_fraction" in failure(
+        folder, tokenizer, test="none*"
+    )
     assert "is in two splits" in failure(folder, tokenizer, test="t*")
     assert "has a test split of its own" in failure(folder, tokenizer, test_fraction=0.2)
     assert "no such file or folder" in failure(tmp_path / "nowhere", tokenizer)
@@ -276,3 +279,10 @@ def test_ag_news_is_read_in_one_line(data_dir, tmp_path, make_tokenizer) -> None
     data = load(data_dir / "ag_news", make_tokenizer(tmp_path))
     assert (len(data.split("train")), len(data.split("test"))) == (6600, 1000)
     assert data.classes == ("World", "Sports", "Business", "Sci/Tech")
+
+
+def test_labels_of_texts_are_judged_as_those_of_other_sources(folder, tokenizer) -> None:
+    assert judge(load(folder, tokenizer)).class_counts == (2, 2)
+    write(folder / f"train{next(folder.glob('train*')).suffix}", [(words, 1) for words, _ in TRAIN])
+    with pytest.raises(DataError, match="all 4 training examples are of class 1: there is nothing to tell apart"):
+        judge(load(folder, tokenizer))

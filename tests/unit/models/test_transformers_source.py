@@ -318,3 +318,15 @@ def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
 def test_mistakes_in_params(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         source.Params.model_validate(given)
+
+
+def test_classes_of_the_weights_are_told_and_those_of_a_new_classifier_are_not(saved: Any) -> None:
+    folder = saved("bert")
+    config = json.loads((folder / "config.json").read_text())
+    count = len(original(pytest.importorskip("transformers"), folder, "bert").config.id2label)
+    names = [f"class {number}" for number in reversed(range(count))]
+    config["id2label"] = {str(number): name for number, name in enumerate(names)}
+    config["label2id"] = {name: number for number, name in enumerate(names)}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert source.build(params(folder)).meta["classes"] == tuple(names)
+    assert "classes" not in source.build(params(folder, classes=count + 4)).meta

@@ -106,7 +106,19 @@ def test_a_network_of_other_inputs(subject, tmp_path) -> None:
 def test_a_label_the_model_has_no_class_for(subject, tmp_path) -> None:
     with pytest.raises(DataError) as caught:
         subject(labels=7).check_network()
-    assert line(caught, tmp_path) == "label 6 is not one of the model's 3 classes, 0 to 2"
+    assert line(caught, tmp_path) == (
+        "label 6 is not one of the model's 3 classes, 0 to 2: correct the label, or give the model more classes"
+    )
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_one_such_label_anywhere_is_found_before_training(subject, tmp_path, split) -> None:
+    made = subject()
+    arrays = dict(np.load(tmp_path / "d.npz"))
+    arrays[f"y_{split}"][7] = 3
+    np.savez(tmp_path / "d.npz", **arrays)
+    with pytest.raises(DataError, match="label 3 is not one of the model's 3 classes"):
+        made.check_network()
 
 
 def test_a_factory_of_another_signature(subject, tmp_path) -> None:
@@ -123,7 +135,7 @@ def test_a_network_that_cannot_be_traced(subject, tmp_path) -> None:
     made.check_network()
     with pytest.raises(ModelError) as caught:
         made.check_traceable()
-    assert "Net cannot be traced" in line(caught, tmp_path) or "symbolically traced" in line(caught, tmp_path)
+    assert line(caught, tmp_path).startswith("net.py:13: Net cannot be traced: symbolically traced variables")
 
 
 def test_memory_that_runs_out_is_left_to_the_program(subject) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -121,3 +123,101 @@ def test_data_that_is_not_there_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         begin("builtin:resnet8", f"npz:{tmp_path / 'none.npz'}", tmp_path / "r.yaml")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_set_gives_parameters_of_network_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for label in ("cat", "dog"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / "photos" / label / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    sets = ["data.params.train=.", "data.params.test_fraction=0.25", "data.params.size=16", "model.params.width=8"]
+    found = begin("builtin:resnet8", "folder:photos", Path("r.yaml"), sets=sets)
+    recipe = recipe_source.load(tmp_path / "r.yaml")
+    assert found.examples == 12
+    assert recipe.data is not None
+    assert recipe.data.params.model_dump()["size"] == 16
+    assert recipe.model.params.model_dump()["width"] == 8
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "other").symlink_to("photos")
+    begin("builtin:resnet8", "folder:photos", Path("recipes/r.yaml"), sets=[*sets, "data.params.path=other"])
+    assert '"../other"' in (tmp_path / "recipes" / "r.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        ("training.epochs=1", "init takes model.params.KEY=VALUE and data.params.KEY=VALUE"),
+        ("data.params.size", "init takes model.params.KEY=VALUE"),
+        ("data.params.nope=1", "^init: data.params.nope: unknown key"),
+        ("model.params.width=[1]", "expected one value"),
+    ],
+)
+def test_set_of_anything_else_is_refused(tmp_path: Path, item: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        begin("builtin:resnet8", "digits", tmp_path / "r.yaml", sets=[item])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_real_targets_make_it_regression(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\n\ndef build():\n"
+        "    return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1))\n"
+    )
+    x, y = np.random.default_rng(0).normal(size=(20, 16)).astype("f4"), np.linspace(0, 1, 20, dtype="f4")
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    monkeypatch.chdir(tmp_path)
+    begin("file:net.py:build", "npz:d.npz", Path("r.yaml"), trust_code=True)
+    recipe = recipe_source.load(tmp_path / "r.yaml")
+    assert recipe.task.name == "regression"
+    assert recipe.gates.max_drop is None
+
+
+def test_the_networks_folder_says_tokenizer_positions_and_size(
+    tmp_path: Path, torchvision: ModuleType, make_tokenizer: Callable[..., Path]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    bert = transformers.BertConfig(vocab_size=12, max_position_embeddings=8, **small)
+    transformers.BertForSequenceClassification(bert).save_pretrained(tmp_path / "bert")
+    make_tokenizer(tmp_path / "bert")
+    (tmp_path / "texts").mkdir()
+    rows = "".join(f"{'good film ' * i},a\nbad plot,b\n" for i in range(1, 9))
+    for split in ("train", "test"):
+        (tmp_path / "texts" / f"{split}.csv").write_text(f"text,label\n{rows}")
+    begin(f"transformers:{tmp_path / 'bert'}", f"text:{tmp_path / 'texts'}", tmp_path / "t.yaml")
+    recipe = recipe_source.load(tmp_path / "t.yaml")
+    assert recipe.data is not None
+    given = recipe.data.params.model_dump()
+    assert (given["max_length"], given["tokenizer"]) == (8, tmp_path / "bert")
+    vit = transformers.ViTConfig(image_size=16, patch_size=8, num_labels=2, **small)
+    transformers.ViTForImageClassification(vit).save_pretrained(tmp_path / "vit")
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            (tmp_path / "images" / split / label).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / "images" / split / label / f"{i}.png")
+    begin(f"transformers:{tmp_path / 'vit'}", f"folder:{tmp_path / 'images'}", tmp_path / "v.yaml")
+    recipe = recipe_source.load(tmp_path / "v.yaml")
+    assert recipe.data is not None
+    assert recipe.data.params.model_dump()["size"] == 16
+
+
+def test_a_set_of_torchvision_needs_folder_and_name(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="torchvision needs a folder and a name, as in torchvision:FOLDER:NAME"):
+        begin("builtin:resnet8", "torchvision:CIFAR10", tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("data", "mean", "found"),
+    [
+        ({"path": "d"}, (0.5, 0.5, 0.5), {"path": "d", "normalize": "half"}),
+        ({"path": "d"}, (0.485, 0.456, 0.406), {"path": "d"}),
+        ({"path": "d", "normalize": "none"}, (0.5, 0.5, 0.5), {"path": "d", "normalize": "none"}),
+    ],
+)
+def test_images_are_scaled_as_timm_says_its_network_was_trained(data, mean, found) -> None:
+    network = SimpleNamespace(pretrained_cfg={"mean": mean, "std": (0.5, 0.5, 0.5)})
+    subject = SimpleNamespace(check_network=lambda: network)
+    assert starter._scaled(starter._Source("folder", data), subject).params == found
+    assert starter._scaled(starter._Source("digits", {}), subject).params == {}
