@@ -22,16 +22,20 @@ echo "installing sparsify-deploy[$(1)] into .venv with $$pins"; \
 $(BIN)/python -m pip install -qq -c $$pins --config-settings editable_mode=compat -e '.[$(1)]'
 endef
 
-.PHONY: help demo test lint schema docs bench clean
+.PHONY: help demo test test-all lint schema docs bench clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile | expand -t 15
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile | expand -t 15
 
 demo: .venv/.installed-demo ## a network from nothing to a 2:4 INT8 engine and a verdict, on the CPU
 	@$(BIN)/sparsify-deploy run recipes/digits.yaml
 
-test: lint ## lint, then every test
+test: lint ## lint, then the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+test-all: lint ## as test, then the long attacks: an hour or more
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: .venv/.installed-test ## ruff, mypy, the import rules, the Dockerfile
 	@$(BIN)/ruff check --quiet .
@@ -50,7 +54,7 @@ docs: .venv/.installed-test ## the documentation, into build/site; a warning is 
 bench: ## how the measurements are made
 	@echo 'Each prints its figures, with --json for machines; run one at a time on a quiet machine:'
 	@for script in benchmarks/*.py; do \
-	  case $$script in */methods.py) rest=' mnist|cifar10 --data PATH' ;; *) rest= ;; esac; \
+	  case $$script in */methods.py) rest=' mnist|cifar10|rewiring --data PATH' ;; */routes.py) rest=' --data PATH' ;; *) rest= ;; esac; \
 	  echo "  $(BIN)/python $$script$$rest"; \
 	done
 

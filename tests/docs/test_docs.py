@@ -35,7 +35,6 @@ LEFT_OUT = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_of_a_page_runs(page: str, sessions: Callable[[str], Any]) -> None:
     session = sessions(page)

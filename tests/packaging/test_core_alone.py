@@ -18,8 +18,6 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS = ROOT / "constraints" / f"py3{sys.version_info[1]}.txt"
 NO_NETWORK = re.compile(

@@ -441,7 +441,6 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything_runs(stages, out
             unknown.preflight()
 
 
-@pytest.mark.slow
 def test_quantisation_is_taught_with_the_mask_held_by_a_teacher_that_is_folded_as_well(stages, out):
     pytest.importorskip("modelopt")
     stage = stages["sparse/quantize"]

@@ -331,7 +331,6 @@ def test_a_finished_run_stays_as_it_was_and_shows_the_sensitivity_from_then_on(c
     assert other["sensitivity"] == after["sensitivity"]
 
 
-@pytest.mark.slow
 def test_the_worst_layers_stay_dense_and_the_verb_has_nothing_left_to_measure(cli, recipe, tmp_path):
     short = ("--set", "train.method=static", "--set", "train.params={}", "--set", "quantize.qat=null")
     worst = (*short, "--set", "nm.keep_worst_dense=2", "--set", "dense_branch=false", "--set", "deploy=[]")

@@ -50,7 +50,6 @@ def _mask(model):
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
 
 
-@pytest.mark.slow
 @needs_compiler
 def test_compiled_training_holds_masks_and_resumes_bit_for_bit(tiny, tmp_path):
     whole, history = run(tiny, tmp_path / "whole", held=True, compile=True)
