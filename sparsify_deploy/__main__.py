@@ -6,19 +6,38 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from sparsify_deploy.errors import Interrupted, OutOfResources, SparsifyError, is_out_of_memory
+from sparsify_deploy import supervisor
+from sparsify_deploy.errors import DataError, Interrupted, OutOfResources, SparsifyError, is_out_of_memory
+
+_UNREADABLE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.EROFS, errno.ESTALE}
+"""Of a path: no bug of this program, whoever asks about it first."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code the README documents."""
-    from sparsify_deploy import cli
+    """Run the command line and return the exit code the README documents.
 
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    Without `argv` this is the program, and verbs that run native code work in a supervised child process; given one it
+    is a function like others, and never forks.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if argv is not None:
+        return _called(list(argv))
+    arguments = sys.argv[1:]
+    if supervisor.wanted(arguments):
+        return supervisor.supervise(lambda: _called(arguments))
+    return _called(arguments)
+
+
+def _called(arguments: Sequence[str]) -> int:
+    """Call the verb, in this process."""
+    _failed_log()  # of a call before this one
     try:
+        from sparsify_deploy import cli
+
         code = cli.call(arguments)
         sys.stdout.flush()
         return code
@@ -39,7 +58,9 @@ def _known(error: Exception) -> tuple[Sequence[str], int] | None:
     if isinstance(error, SparsifyError):
         return error.lines, error.exit_code
     if is_out_of_memory(error):
-        return ["out of memory: use a smaller batch (training.batch_size) or model"], OutOfResources.exit_code
+        from sparsify_deploy import memory
+
+        return [memory.line(error)], OutOfResources.exit_code
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
         return [], 0
@@ -47,15 +68,28 @@ def _known(error: Exception) -> tuple[Sequence[str], int] | None:
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}the disk is full: free some space, the same command goes on"
         return [text], OutOfResources.exit_code
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _UNREADABLE:
+        return [f"{os.fsdecode(error.filename)}: cannot be read or written: {error.strerror}"], DataError.exit_code
     return None
 
 
 def _fail(lines: Sequence[str], code: int) -> int:
     from sparsify_deploy import console
 
-    for line in lines:
+    if (log := _failed_log()) is not None and code != Interrupted.exit_code:
+        console.error(f"log: {log}")
+    for line in lines:  # last, where people look
         console.error(line)
     return code
+
+
+def _failed_log() -> Path | None:
+    """Where the run that failed is told of; without a look into a module that no verb has loaded."""
+    if "sparsify_deploy.logbook" not in sys.modules:
+        return None
+    from sparsify_deploy import logbook
+
+    return logbook.take_failed()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsify_deploy import __version__, console
+from sparsify_deploy.errors import DataError
 
 app = typer.Typer(
     add_completion=False,
@@ -33,11 +34,12 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="change a field, as in training.epochs=3; repeatable"),
 ]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="where the run lives; default runs/NAME")]
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a run directory, such as runs/digits")]
 Store = Annotated[Path | None, typer.Option("--store", help="a store shared with other recipes; default RUN_DIR/store")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
 Trust = Annotated[bool, typer.Option("--trust-code", help="allow the recipe to run the Python files it names")]
 TrustEngine = Annotated[
-    bool, typer.Option("--trust-engine", help="open an engine that has no metadata of ours beside it")
+    bool, typer.Option("--trust-engine", help="open an engine that you did not build here: it is executable code")
 ]
 Shapes = Annotated[
     list[str] | None,
@@ -61,8 +63,13 @@ def call(arguments: Sequence[str]) -> int:
         result = app(list(arguments), standalone_mode=False, prog_name="sparsify-deploy")
     except typer.Abort:
         raise KeyboardInterrupt from None
-    except SystemExit:  # typer ends the process itself where the reader of a pipe is gone
-        raise BrokenPipeError from None
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # typer ends the process itself where its reader is gone
+            raise BrokenPipeError from None
+        text = (
+            f"code of the recipe's ended the program (sys.exit({stop.code!r})): let it raise an exception that says why"
+        )
+        raise DataError(text) from stop
     except _ClickException as error:
         console.error(error.format_message())
         if (context := getattr(error, "ctx", None)) is not None:
@@ -241,7 +248,7 @@ def explain(
 
 @app.command(short_help="Print the report of a finished run.")
 def report(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a run directory, such as runs/digits")],
+    run_dir: RunDirectory,
     as_json: AsJson = False,
 ) -> int:
     """Print the report of a finished run."""
@@ -250,6 +257,45 @@ def report(
     found = workspace.read_report(run_dir)
     console.run_report(found, as_json=as_json)
     return workspace.exit_code(found)
+
+
+@app.command(short_help="Check that a run directory holds what was committed.")
+def verify(
+    run_dir: RunDirectory,
+    store: Store = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> int:
+    """Check all that a run directory holds: bytes, N:M in masks, weights and ONNX files, engines, copies, parity.
+
+    Exit code 9 where bytes are not those that were committed, 4 where a pattern or parity is not met. Needs no torch.
+    """
+    from sparsify_deploy.verify import verify as check
+
+    with console.progress(quiet=quiet, verbose=False) as progress:
+        found = check(run_dir, store, progress)
+    console.verified(found, as_json=as_json)
+    return found.exit_code
+
+
+@app.command(short_help="Delete what a run directory does not need.")
+def clean(
+    run_dir: RunDirectory,
+    store: Store = None,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="also attempts that a run would go on from, with their checkpoints")
+    ] = False,
+    unused: Annotated[bool, typer.Option("--unused", help="also results that the last report does not use")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="delete nothing, say what would go")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete what killed runs left half written in a run directory and, where asked to, what can be made again.
+
+    Goes by names and marks that nothing else has, follows no links, and holds the run's lock.
+    """
+    from sparsify_deploy.clean import clean as sweep
+
+    console.cleaned(sweep(run_dir, store, unfinished=unfinished, unused=unused, dry_run=dry_run), as_json=as_json)
 
 
 @app.command(name="list", short_help="List what a recipe may name.")
@@ -378,6 +424,7 @@ def predict(
     text: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="a text; repeatable")] = None,
     top: Annotated[int, typer.Option(min=1, help="how many classes to show of each")] = 5,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads")] = 1,
+    trust_engine: TrustEngine = False,
     as_json: AsJson = False,
 ) -> None:
     """Put images, texts or arrays through a deployed model, as in: predict runs/digits/deploy cat.jpg dog.jpg
@@ -387,15 +434,21 @@ def predict(
     """
     from sparsify_deploy.predict import predict as ask
 
-    console.predicted(ask(package, files or (), text or (), top=top, threads=threads), as_json=as_json)
+    found = ask(package, files or (), text or (), top=top, threads=threads, trust=trust_engine)
+    console.predicted(found, as_json=as_json)
 
 
 @app.command(short_help="Check this machine and say what to install for what.")
-def doctor(as_json: AsJson = False) -> None:
-    """Check this machine: packages, extras, devices, and what to install for what. Needs no torch."""
+def doctor(
+    run_dir: Annotated[
+        Path | None, typer.Argument(metavar="[RUN_DIR]", help="also look at this run directory, its lock and its disk")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine: packages, devices, limits and disks, with the command that mends each. Needs no torch."""
     from sparsify_deploy.doctor import diagnose
 
-    console.diagnosis(diagnose(), as_json=as_json)
+    console.diagnosis(diagnose(run_dir), as_json=as_json)
 
 
 @app.command(short_help="Print the version.")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
-from sparsify_deploy import menu
+from sparsify_deploy import menu, native
 from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import CorruptArtifact, DataError, RuntimeUnavailable, UsageError
 from sparsify_deploy.types import IOTensor
@@ -99,8 +99,9 @@ def compare(
     batch: int = 8,
     tolerance: float | None = None,
     trust: bool = False,
+    layers: bool = True,
 ) -> Compared:
-    """Run both files and compare outputs, then layers.
+    """Run both files and compare outputs, then `layers`.
 
     `onnx` is the file an engine was built from, where it is not the other one of the two. `inputs` is an .npz with an
     array an input; without it they are random at `batch` examples, and `shapes` fixes free axes.
@@ -117,9 +118,9 @@ def compare(
     allowed = tolerance or (ROUNDED_TOLERANCE if any(side.rounds for side in sides) else FLOAT_TOLERANCE)
     fed, how = _inputs(sides, inputs, shapes or {}, batch)
     outputs = _outputs([_run(side.path, side, fed) for side in sides])
-    layers = _layers(sides, fed)
-    first = next((layer.layer for layer in layers if not layer.relative <= allowed), None)
-    return Compared(str(reference), str(other), how, allowed, outputs, layers, first)
+    inside = _layers(sides, fed) if layers else ()
+    first = next((layer.layer for layer in inside if not layer.relative <= allowed), None)
+    return Compared(str(reference), str(other), how, allowed, outputs, inside, first)
 
 
 def existing(path: Path, option: str = "") -> None:
@@ -130,7 +131,7 @@ def existing(path: Path, option: str = "") -> None:
 
 def _side(path: Path, sources: Sequence[Path | None], trust: bool) -> _Side:
     from sparsify_deploy.graph import file
-    from sparsify_deploy.runtimes._metadata import check, runtime_of
+    from sparsify_deploy.runtimes._metadata import check, check_own, runtime_of
 
     existing(path)
     if path.suffix == ".onnx":
@@ -139,6 +140,7 @@ def _side(path: Path, sources: Sequence[Path | None], trust: bool) -> _Side:
         side = _Side(path, path, "onnxruntime", chosen.Params())
     else:
         side = _engine(path, runtime_of(path), check(path, trust=trust), sources)
+        check_own(path, trust=trust)
     runtime = menu.entry("runtimes", side.runtime)
     if (reason := runtime.unavailable_reason() or runtime.cannot_run_reason()) is not None:
         raise RuntimeUnavailable(f"{path}: {reason}")
@@ -197,19 +199,20 @@ def _inputs(
 
 def read_inputs(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of an .npz file by name. Raises DataError where it is none, or holds Python objects."""
-    import zipfile
-
-    import numpy as np
+    from sparsify_deploy.preprocessing.arrays import Archive, UnreadableArray, array, is_archive
 
     existing(path, "--inputs ")
     try:
         with path.open("rb") as opened:
-            loaded = np.load(opened, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
+            if not is_archive(opened):
+                array(opened)
                 raise DataError(f"--inputs {path}: holds one array without a name; write it with numpy.savez")
-            return {name: loaded[name] for name in loaded.files}
-    except (ValueError, EOFError, zipfile.BadZipFile):  # numpy's own words advise to unpickle the file
-        raise DataError(f"--inputs {path}: is no .npz file of plain arrays; write it with numpy.savez") from None
+            loaded = Archive(opened)
+            return {name: loaded.read(name) for name in loaded.names}
+    except UnreadableArray as error:
+        raise DataError(
+            f"--inputs {path}: is no .npz file of plain arrays ({error}); write it with numpy.savez"
+        ) from None
     except OSError as error:
         raise DataError(f"--inputs {path}: cannot be read: {error.strerror or error}") from None
 
@@ -222,10 +225,7 @@ def _run(engine: Path, side: _Side, fed: Named) -> dict[str, NDArray[Any]]:
     runtime = menu.entry("runtimes", side.runtime)
     shapes = {name: tuple(values.shape) for name, values in fed.items()}
     with runtime.open(engine, side.params, shapes=shapes) as session:
-        session.bind(fed)
-        session.execute()
-        found: dict[str, NDArray[Any]] = session.fetch()
-    return found
+        return native.answer(session, fed)
 
 
 def _outputs(found: Sequence[Named]) -> tuple[OutputDifference, ...]:

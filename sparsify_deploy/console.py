@@ -1,6 +1,8 @@
 """The only module that prints: results on stdout, progress and errors on stderr.
 
-Every text goes out with `soft_wrap=True, markup=False`, or rich would break `file:line:column` and eat brackets.
+Every text goes out with `soft_wrap=True, markup=False`, or rich would break `file:line:column` and eat brackets, and
+through `printable`: names of layers, classes and files are others' text, which a terminal must not obey. Secrets are
+taken out by `redaction`.
 """
 
 from __future__ import annotations
@@ -10,12 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
+
+from sparsify_deploy.printable import one_line
+from sparsify_deploy.redaction import redact
 
 if TYPE_CHECKING:
+    from sparsify_deploy.clean import Cleaned
     from sparsify_deploy.compare import Compared
     from sparsify_deploy.deploy import Benched, Built, Inspected
-    from sparsify_deploy.doctor import Finding
+    from sparsify_deploy.findings import Finding
     from sparsify_deploy.pipeline import Status
     from sparsify_deploy.predict import Predicted
     from sparsify_deploy.recipe import Recipe
@@ -23,23 +29,37 @@ if TYPE_CHECKING:
     from sparsify_deploy.starter import Start
     from sparsify_deploy.tables import Table
     from sparsify_deploy.types import Json, Progress
+    from sparsify_deploy.verify import Verified
     from sparsify_deploy.workspace import Forecast
 
 
 def out(text: str) -> None:
-    """One result on stdout, as it is."""
-    sys.stdout.write(text + "\n")
+    """One line of a result on stdout."""
+    _write(sys.stdout, one_line(text))
 
 
 def error(text: str) -> None:
     """One line on stderr."""
-    sys.stderr.write(f"sparsify-deploy: {text}\n")
+    _write(sys.stderr, f"sparsify-deploy: {one_line(text)}")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """A line; characters that the stream's encoding lacks as escapes."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    text = redact(text)
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+
+
+def restored() -> None:
+    """A terminal as it was before progress that was cut short: the line of the bars gone, the cursor there."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\x1b[2K\x1b[?25h")
 
 
 def _json(value: Json) -> None:
     import json
 
-    out(json.dumps(_finite(value), indent=1, sort_keys=True, default=str, allow_nan=False))
+    _write(sys.stdout, json.dumps(_finite(value), indent=1, sort_keys=True, default=str, allow_nan=False))
 
 
 def _finite(value: Json) -> Json:
@@ -56,12 +76,15 @@ def _print(table: Table) -> None:
     if sys.stdout.isatty():
         _draw(table)
     else:
-        widths = [max(map(len, cells)) for cells in zip(table.columns, *table.rows, strict=True)]
+        columns, *rows = [tuple(map(one_line, row)) for row in (table.columns, *table.rows)]
+        widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
         if table.title:
             out(table.title)
-        for row in (table.columns, ["-" * width for width in widths], *table.rows):
+        for row in (columns, ["-" * width for width in widths], *rows):
             out("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    out((table.how and f"{table.how}\n") or "")
+    if table.how:
+        out(table.how)
+    out("")
 
 
 def _draw(table: Table) -> None:
@@ -70,11 +93,11 @@ def _draw(table: Table) -> None:
     from rich.table import Table as Drawn
     from rich.text import Text
 
-    drawn = Drawn(box=box.SIMPLE_HEAD, title=Text(table.title) if table.title else None, title_justify="left")
+    drawn = Drawn(box=box.SIMPLE_HEAD, title=Text(one_line(table.title)) if table.title else None, title_justify="left")
     for column in table.columns:
-        drawn.add_column(Text(column), overflow="fold")
+        drawn.add_column(Text(one_line(column)), overflow="fold")
     for row in table.rows:
-        drawn.add_row(*map(Text, row))
+        drawn.add_row(*(Text(one_line(redact(cell))) for cell in row))
     Console(highlight=False).print(drawn)
 
 
@@ -126,11 +149,11 @@ class _Lines:
         self._last = now
         rate = (done - self._first) / (now - self._began)
         left = f", {(total - done) / rate:.0f} s left" if rate else ""
-        sys.stderr.write(f"  {label} {done}/{total} ({rate:.1f}/s{left}) {note}\n")
+        _write(sys.stderr, one_line(f"  {label} {done}/{total} ({rate:.1f}/s{left}) {note}"))
         sys.stderr.flush()
 
     def say(self, message: str) -> None:
-        sys.stderr.write(f"{message}\n")
+        _write(sys.stderr, one_line(message))
         sys.stderr.flush()
 
 
@@ -146,6 +169,7 @@ class _Bars:
         self._task: TaskID | None = None
 
     def update(self, label: str, done: int, total: int, note: str = "") -> None:
+        label, note = one_line(redact(label)), one_line(redact(note))
         if label != self._label or self._task is None:
             if self._task is not None:
                 self._bars.remove_task(self._task)
@@ -158,7 +182,7 @@ class _Bars:
     def say(self, message: str) -> None:
         from rich.text import Text
 
-        self._bars.console.print(Text(message), soft_wrap=True)
+        self._bars.console.print(Text(one_line(redact(message))), soft_wrap=True)
 
 
 def version(number: str, *, as_json: bool) -> None:
@@ -360,6 +384,51 @@ def run_report(report: RunReport, *, as_json: bool) -> None:
     for note in report.notes:
         out(note)
     out(report.verdict)
+
+
+def verified(found: Verified, *, as_json: bool) -> None:
+    """What a run directory holds, checked; what is wrong stands on stderr as well, a line each with the remedy."""
+    from dataclasses import asdict
+
+    from sparsify_deploy.tables import Table
+
+    wrong = [check for state in ("DAMAGED", "NOT MET") for check in found.of(state)]
+    if as_json:
+        _json({**asdict(found), "exit_code": found.exit_code})
+    else:
+        rows = tuple(
+            (c.part, _shortened(c.file, found.folder, found.store), c.what, c.state, c.finding) for c in found.checks
+        )
+        _print(Table(f"{found.folder}", ("of", "file", "checked", "result", "finding"), rows))
+        states = ", ".join(f"{len(found.of(state))} {state}" for state in ("ok", "NOT MET", "DAMAGED", "not checked"))
+        speed = f" in {found.hashing_s:.2f} s" if found.hashing_s else ""
+        out(f"{states}; {found.hashed_bytes / 2**20:.1f} MiB of results hashed{speed}")
+    for check in wrong:
+        error(check.finding)
+
+
+def _shortened(path: Path, *folders: Path) -> str:
+    """A path in one of the folders without that, and with fingerprints cut to what tells them apart."""
+    import re
+
+    for folder in folders:
+        if path.is_relative_to(folder):
+            path = path.relative_to(folder)
+            break
+    return re.sub(r"-([0-9a-f]{8})[0-9a-f]{56}", r"-\1", str(path))
+
+
+def cleaned(found: Cleaned, *, as_json: bool) -> None:
+    """What `clean` deleted, or would, and what it leaves with the option that takes it."""
+    from dataclasses import asdict
+
+    if as_json:
+        _json(asdict(found))
+        return
+    for piece in found.pieces:
+        what = ("would delete" if found.dry_run else "deleted") if piece.goes else "kept"
+        out(f"{what:<12}  {piece.bytes / 2**20:9.2f} MiB  {_shortened(piece.path, found.folder)}: {piece.why}")
+    out(f"{'would free' if found.dry_run else 'freed'} {found.freed_bytes / 2**20:.2f} MiB")
 
 
 def sensitivity(found: SensitivityReport, *, as_json: bool) -> None:

@@ -259,7 +259,7 @@ def inspect(
     Of an ONNX file the part that it tells alone; of an engine what its record says, with the rows if `onnx` is the
     file it was built from, and with times if `profile` runs it here, at batch 1 on random inputs.
     """
-    from sparsify_deploy.runtimes._metadata import check, runtime_of
+    from sparsify_deploy.runtimes._metadata import check, check_own, runtime_of
 
     n, m = _pattern(pattern)
     existing(model)
@@ -275,6 +275,8 @@ def inspect(
         raise UsageError(f"--onnx {onnx}: the engine has no record beside it that says which file it was built from")
     if onnx is not None and record is not None and file_digest(onnx) != record.get("onnx_sha256"):
         raise UsageError(f"--onnx {onnx}: is not the file that {model.name} was built from: their sha256 differ")
+    if profile:
+        check_own(model, trust=trust)
     times = _profiled(model, runtime, record, threads) if profile else None
     rows = None
     if onnx is not None and record is not None:
@@ -352,7 +354,7 @@ class _File:
 def _openable(path: Path, label: str, runtime: str, *, trust: bool, scratch: Path, sets: Sequence[str]) -> _File:
     """Judge the file, then the environment; an ONNX file is built for `runtime` in the folder `scratch`."""
     from sparsify_deploy.graph import file
-    from sparsify_deploy.runtimes._metadata import check, runtime_of
+    from sparsify_deploy.runtimes._metadata import check, check_own, runtime_of
 
     existing(path)
     is_onnx = path.suffix == ".onnx"
@@ -362,6 +364,7 @@ def _openable(path: Path, label: str, runtime: str, *, trust: bool, scratch: Pat
     else:
         runtime = runtime_of(path)
         metadata = check(path, trust=trust)
+        check_own(path, trust=trust)
     chosen = _runtime(runtime)
     params = (
         _recorded(path, chosen, metadata) if metadata is not None else _params(runtime, () if not is_onnx else sets)

@@ -7,6 +7,7 @@ in one line; only our own bugs end in a traceback.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 
@@ -17,8 +18,11 @@ class SparsifyError(Exception):
 
     @property
     def lines(self) -> Sequence[str]:
-        """The message, one mistake a line."""
-        return tuple(str(self).splitlines()) or (type(self).__name__,)
+        """The message, one mistake a line: each argument of the error is one, whatever a name quoted in it holds."""
+        return tuple(map(str, self.args)) or (type(self).__name__,)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 class UsageError(SparsifyError):
@@ -91,14 +95,31 @@ class OutOfResources(SparsifyError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, in Python or in torch, which raises a RuntimeError for it."""
-    text = str(error)
+    """Whether memory ran out, in Python, in the system (ENOMEM) or in a library that has an error of its own for it."""
+    if isinstance(error, SparsifyError):
+        return isinstance(error, OutOfResources)
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in text
-        or "not enough memory" in text
+        or any(words in str(error).lower() for words in SPENT)
     )
+
+
+SPENT = (
+    "bad_alloc",
+    "bad allocation",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "cuda out of memory",
+    "cublas_status_alloc_failed",
+    "failed to allocate memory",
+    "failed to map segment from shared object",
+    "can't start new thread",
+)
+"""What libraries say, in lower case, where memory is spent: C++, torch, CUDA, ONNX Runtime, the loader, Python."""
 
 
 class Locked(SparsifyError):

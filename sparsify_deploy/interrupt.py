@@ -1,4 +1,8 @@
-"""Ask a run to stop at the next safe point instead of in the middle of a write."""
+"""Ask a run to stop: at once where nothing is lost by it, at the next safe point where it trains.
+
+Everything that is committed or published is safe against a crash at any moment, so outside of training an exception in
+the middle of the work is as good as any other end, and the quickest.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +12,59 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from sparsify_deploy import watch
+from sparsify_deploy.errors import Interrupted
+
+_asked = threading.Event()
+_polling = 0
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM came. No Exception, for libraries swallow these."""
+
 
 @contextmanager
 def stoppable() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether SIGINT or SIGTERM came. A second SIGINT raises KeyboardInterrupt at once.
+    """Inside, SIGINT and SIGTERM end the work by `Interrupted`, which leaves this block.
 
-    Outside the main thread, where Python allows no handlers, nothing is ever asked to stop.
+    Yields a function that says whether one came, for blocks `at_safe_points`, which are left alone; a second SIGINT
+    ends these too. Outside the main thread, where Python allows no handlers, nothing is ever asked to stop.
     """
-    asked = threading.Event()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.set()
-
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield lambda: False
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    _asked.clear()
+    before = {number: signal.signal(number, _ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked.is_set
+        yield _asked.is_set
+    except Stopped as error:
+        step = watch.where(error).step
+        place = f" in {step}" if step else ""
+        raise Interrupted(f"stopped{place}; what is finished is kept, the same command goes on from here") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _asked.clear()
+
+
+@contextmanager
+def at_safe_points() -> Iterator[None]:
+    """Inside, a signal only sets what `stoppable` yields: who asks that ends by itself, with its work saved.
+
+    Where nobody did, it ends with the block.
+    """
+    global _polling  # noqa: PLW0603 signals are the process's, and so is what they do
+    _polling += 1
+    try:
+        yield
+    finally:
+        _polling -= 1
+    if _asked.is_set() and not _polling:
+        raise Stopped
+
+
+def _ask(number: int, frame: FrameType | None) -> None:
+    again = _asked.is_set() and number == signal.SIGINT
+    _asked.set()
+    if again or not _polling:
+        raise Stopped

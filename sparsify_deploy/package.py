@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sparsify_deploy import menu
+from sparsify_deploy.artifacts import durable
 from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import CorruptArtifact, DataError, RuntimeUnavailable
 from sparsify_deploy.preprocessing.spec import FILE, Spec
@@ -18,8 +19,10 @@ from sparsify_deploy.preprocessing.spec import read as read_spec
 from sparsify_deploy.types import Json
 
 NOTE = "deploy.json"
-FORMAT = 2
-"""Raised when `deploy.json` would mean something else."""
+FORMAT = 3
+"""Raised when `deploy.json` would mean something else. From 3 on it is sealed, so that a changed byte shows."""
+
+_UNSEALED = 2
 
 _AGAIN = "run the recipe again, or copy the whole folder again"
 
@@ -73,11 +76,17 @@ def _note(folder: Path) -> Mapping[str, Json]:
         hint = f"did you mean {inner}?" if (inner / NOTE).is_file() else "name the folder deploy/ of a finished run"
         raise DataError(f"{folder}: holds no deployed model (no {NOTE}): {hint}")
     try:
-        note = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        sealed = durable.is_sealed(content)
+        note = durable.read_json(path, content) if sealed else json.loads(content)
         found = note["format"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except CorruptArtifact as error:
+        raise CorruptArtifact(f"{error}: {_AGAIN}") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptArtifact(f"{path}: cannot be read ({type(error).__name__}): {_AGAIN}") from None
-    if found != FORMAT:
+    if found == FORMAT and not sealed:
+        raise CorruptArtifact(f"{path}: its seal is broken: {_AGAIN}")
+    if found not in (_UNSEALED, FORMAT):
         raise DataError(f"{path}: format {found!r}, this program reads {FORMAT}: run the recipe again with it")
     _check_note(path, note)
     checked: Mapping[str, Json] = note
@@ -92,11 +101,17 @@ def _check_note(path: Path, note: Mapping[str, Any]) -> None:
         and isinstance(task, dict)
         and isinstance(task.get("name"), str)
         and isinstance(listed, dict)
-        and all(isinstance(digest, str) and Path(name).name == name for name, digest in listed.items())
+        and all(isinstance(digest, str) and _is_plain(name) for name, digest in listed.items())
         and note["engine"] in listed
     )
     if not right:
         raise CorruptArtifact(f"{path}: does not list what a deployed model has: {_AGAIN}")
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a file of the folder itself can have this name."""
+    size = len(name.encode("utf-8", "surrogatepass"))
+    return Path(name).name == name and name not in ("", "..") and size <= 255 and "\0" not in name
 
 
 def _params(engine: Path, runtime: Any) -> BaseModel:

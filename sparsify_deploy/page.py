@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sparsify_deploy.printable import printable
 from sparsify_deploy.reports import LayerReport, RunReport, to_json
 from sparsify_deploy.tables import Table, tables
 from sparsify_deploy.types import Json
@@ -124,7 +125,7 @@ def page(report: RunReport, digest: str) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
     )
     environment.filters |= {"marks": marks, "right": right_aligned, "slug": slug}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -141,6 +142,11 @@ def page(report: RunReport, digest: str) -> str:
         bars_of=model,
         machine=machine(report.machine),
     )
+
+
+def _shown(value: object) -> object:
+    """A text with what no one sees made visible; what the template itself marks as safe stays."""
+    return printable(value) if type(value) is str else value
 
 
 def marks(cell: str) -> list[tuple[str, str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -20,11 +21,21 @@ class GivenHere(str):
     __slots__ = ()
 
 
+_LONGEST = 4095
+"""Bytes of a path that Linux takes."""
+
+
 def _path(value: object, info: ValidationInfo) -> object:
     if not isinstance(value, str):
         return value
     base = Path.cwd() if isinstance(value, GivenHere) else Path((info.context or {}).get("folder", "."))
-    return base / Path(value).expanduser()
+    try:
+        path = base / Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{value.partition('/')[0]} is nobody's home here: write the path out") from error
+    if "\0" in value or len(os.fsencode(path)) > _LONGEST or any(len(os.fsencode(p)) > 255 for p in path.parts):
+        raise ValueError("no file can have this name: shorten it")
+    return path
 
 
 InputPath = Annotated[Path, BeforeValidator(_path)]

@@ -7,13 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparsify_deploy import memory, watch
 from sparsify_deploy.artifacts.digests import DigestCache
+from sparsify_deploy.artifacts.durable import check_space
 from sparsify_deploy.artifacts.environment import fact
 from sparsify_deploy.artifacts.fingerprint import canonical
 from sparsify_deploy.artifacts.store import ArtifactStore, Record, explained
 from sparsify_deploy.errors import DataError, EnvironmentProblem, Interrupted, UsageError
 from sparsify_deploy.menu import did_you_mean
 from sparsify_deploy.plan import Plan, PlannedStep
+from sparsify_deploy.redaction import redacted
+from sparsify_deploy.stages.space import needed_bytes
 from sparsify_deploy.types import Context, Json
 
 
@@ -139,11 +143,13 @@ def run(
             if context.stop_requested():
                 raise Interrupted(f"stopped before {step.id}; the same command goes on from here")
             context.progress.say(f"{step.id}: {why}")
-            out, began = store.begin(step.stage.name, parts), clock()
-            inputs = {name: store.check(records[ref.step], ref.output) for name, ref in step.inputs.items()}
-            with explained(out):
-                facts = step.stage.run(inputs, out, context)
-            record = store.commit(step.stage.name, parts, step.stage.outputs, facts, clock() - began)
+            with watch.step(step.id, _batch_size(step)):
+                out, began = store.begin(step.stage.name, parts), clock()
+                inputs = {name: store.check(records[ref.step], ref.output) for name, ref in step.inputs.items()}
+                with explained(out), memory.explained():
+                    check_space(out, needed_bytes(step.stage, inputs, out), step.id)
+                    facts = redacted(step.stage.run(inputs, out, context))
+                record = store.commit(step.stage.name, parts, step.stage.outputs, facts, clock() - began)
         ran = bool(why)
         store.remember(step.id, parts)
         records[step.id] = record
@@ -151,10 +157,17 @@ def run(
     return outcomes
 
 
+def _batch_size(step: PlannedStep) -> int:
+    """That of training, in a stage that takes its examples as training does; 0 in the others."""
+    trains = getattr(step.stage, "fit", None)
+    found: int = trains.training.batch_size if trains is not None else getattr(step.stage, "batch_size", 0)
+    return found
+
+
 def check_before_running(steps: Sequence[PlannedStep]) -> None:
     """Before anything runs: name all that this machine lacks for these steps, and what cannot work in any of them."""
     unmet = dict.fromkeys(line for step in steps for line in step.stage.unmet())
     if unmet:
-        raise EnvironmentProblem("\n".join(unmet))
+        raise EnvironmentProblem(*unmet)
     for step in steps:
         step.stage.preflight()

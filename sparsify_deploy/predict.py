@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify_deploy import menu
+from sparsify_deploy import menu, native
 from sparsify_deploy.errors import DataError, UsageError
 from sparsify_deploy.package import Package, check_runs
 from sparsify_deploy.package import read as read_package
@@ -53,12 +53,23 @@ class Predicted:
     answers: tuple[Answer, ...]
 
 
-def predict(folder: Path, files: Sequence[Path], texts: Sequence[str], *, top: int = 5, threads: int = 1) -> Predicted:
+def predict(
+    folder: Path,
+    files: Sequence[Path],
+    texts: Sequence[str],
+    *,
+    top: int = 5,
+    threads: int = 1,
+    trust: bool = False,
+) -> Predicted:
     """Preprocess each example as the package says and run the engine on it, one after another.
 
     Raises DataError for a folder that holds no package and for an example that the model cannot take, CorruptArtifact
-    where a file of the package is not the one it lists, RuntimeUnavailable where its runtime cannot run here.
+    where a file of the package is not the one it lists, RuntimeUnavailable where its runtime cannot run here, and
+    UsageError where its engine is code that was built elsewhere, unless they `trust` it.
     """
+    from sparsify_deploy.runtimes._metadata import check_own
+
     package = read_package(folder)
     if package.spec is None:
         raise DataError(
@@ -66,6 +77,7 @@ def predict(folder: Path, files: Sequence[Path], texts: Sequence[str], *, top: i
             f"{package.engine.name} with {package.runtime} and feed it inputs of your own"
         )
     examples = raw_examples(package.spec, files, texts)
+    check_own(package.engine, trust=trust)
     check_runs(package)
     with opened(package, threads) as ask:
         answers = tuple(_answer(package, name, ask(example, name), top) for name, example in examples)
@@ -112,9 +124,8 @@ def opened(package: Package, threads: int = 1) -> Iterator[Ask]:
 
         def ask(example: Raw, name: str) -> dict[str, NDArray[Any]]:
             inputs = prepare([example], [name])
-            session.bind({key: np.repeat(values, size, axis=0) for key, values in inputs.items()})
-            session.execute()
-            return {key: values[:1] for key, values in session.fetch().items()}
+            whole = {key: np.repeat(values, size, axis=0) for key, values in inputs.items()}
+            return {key: values[:1] for key, values in native.answer(session, whole).items()}
 
         yield ask
 
@@ -182,18 +193,16 @@ def _text(spec: Spec, text: str, where: str) -> Raw:
 
 
 def _arrays(path: Path) -> Raw:
-    import zipfile
-
-    import numpy as np
+    from sparsify_deploy.preprocessing.arrays import Archive, UnreadableArray, array, is_archive
 
     try:
         with path.open("rb") as file:
-            found = np.load(file, allow_pickle=False)
-            return dict(found) if isinstance(found, np.lib.npyio.NpzFile) else np.asarray(found)
-    except (ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        raise DataError(
-            f"{path}: is no array of numbers, or is damaged ({' '.join(str(error).split())[:160]})"
-        ) from error
+            if not is_archive(file):
+                return array(file)
+            found = Archive(file)
+            return {name: found.read(name) for name in found.names}
+    except UnreadableArray as error:
+        raise DataError(f"{path}: is no array of numbers, or is damaged ({error})") from error
 
 
 def _shown(text: str) -> str:

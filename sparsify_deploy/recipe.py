@@ -98,8 +98,8 @@ class TaskSection(MenuSection):
 
     MENU: ClassVar[str] = "tasks"
     KEY: ClassVar[str] = "name"
-    name: str = "classification"
-    params: ParamsOf = Field(default_factory=NotGiven)
+    name: str = Field("classification", description="a task, see `sparsify-deploy list tasks`")
+    params: ParamsOf = Field(default_factory=NotGiven, description="the task's own parameters")
 
 
 Patterns = Annotated[tuple[str, ...], Field(strict=False)]
@@ -110,8 +110,8 @@ class Init(MenuSection):
 
     MENU: ClassVar[str] = "criteria"
     KEY: ClassVar[str] = "criterion"
-    criterion: str = "synflow"
-    params: ParamsOf = Field(default_factory=NotGiven)
+    criterion: str = Field("synflow", description="what scores weights, see `sparsify-deploy list criteria`")
+    params: ParamsOf = Field(default_factory=NotGiven, description="the criterion's own parameters")
     allocation: Literal["global", "uniform", "erk"] = Field(
         "global", description="how the density is shared out over layers"
     )
@@ -131,8 +131,8 @@ class Train(MenuSection):
 
     MENU: ClassVar[str] = "methods"
     KEY: ClassVar[str] = "method"
-    method: str = "rigl"
-    params: ParamsOf = Field(default_factory=NotGiven)
+    method: str = Field("rigl", description="a training method, see `sparsify-deploy list methods`")
+    params: ParamsOf = Field(default_factory=NotGiven, description="the method's own parameters")
     training: TrainingOverride = TrainingOverride()
 
 
@@ -175,7 +175,7 @@ class CalibrationData(MenuSection):
 class Quantize(Section):
     """INT8 with calibration, and quantisation-aware training with the mask held."""
 
-    calibration_batches: int = Field(8, ge=1)
+    calibration_batches: int = Field(8, ge=1, description="training batches that set the ranges of activations")
     calibration_data: CalibrationData | None = Field(
         None, description="calibrate on these examples, scaled as those of data are; none: on data's train split"
     )
@@ -201,7 +201,7 @@ class Quantize(Section):
 class Export(Section):
     """The ONNX file."""
 
-    opset: int = Field(17, ge=13, le=20)
+    opset: int = Field(17, ge=13, le=20, description="of the ONNX file")
     int8_weights: bool = Field(
         True, description="store INT8 weights as integers, a quarter of the bytes; false for TensorRT before 10"
     )
@@ -216,8 +216,8 @@ class Target(MenuSection):
 
     MENU: ClassVar[str] = "runtimes"
     KEY: ClassVar[str] = "runtime"
-    runtime: str
-    params: ParamsOf = Field(default_factory=NotGiven)
+    runtime: str = Field(description="what builds and runs it, see `sparsify-deploy list runtimes`")
+    params: ParamsOf = Field(default_factory=NotGiven, description="the runtime's own parameters")
     flavour: Literal["tensorrt", "onnxruntime"] | None = Field(
         None, description="where Q/DQ stand in the ONNX file it is built from; none: as the runtime likes it"
     )
@@ -230,13 +230,17 @@ class Prediction(Section):
     gpus: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         ("a100", "h100"), description="see `sparsify-deploy plan --help` for their names"
     )
-    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)] = (1, 32)
+    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)] = Field(
+        (1, 32), description="batch sizes predicted for"
+    )
 
 
 class Benchmark(Section):
     """How engines are timed: interleaved rounds, median ratio with a bootstrap interval, an A/A control."""
 
-    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)] = (1,)
+    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)] = Field(
+        (1,), description="batch sizes timed; the verdict is on the first"
+    )
     rounds: int = Field(20, ge=5, description="interleaved rounds")
     round_ms: Positive = Field(30.0, description="time spent on each variant in a round, ms")
     warmup_ms: Positive = Field(200.0, description="warm-up of each variant, ms")
@@ -266,9 +270,9 @@ MENU_SECTIONS: Mapping[type[Section], tuple[str, str]] = {
 class Recipe(Section):
     """One model's way from a network to an engine."""
 
-    version: Literal[1]
+    version: Literal[1] = Field(description="of this schema")
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="none: the file's name")
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(0, ge=0, lt=2**31, description="of initialisation, masks, the order of examples, augmentation")
     threads: int | None = Field(None, ge=1, le=1024, description="torch threads; none: all cores this process may use")
     sparsity: Fraction | None = Field(None, description="share of the prunable weights dropped by init and train")
     dense_branch: bool = Field(True, description="also train, quantise, build and time the dense twin")

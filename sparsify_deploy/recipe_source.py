@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
-from sparsify_deploy import menu
+from sparsify_deploy import menu, regular
 from sparsify_deploy.errors import RecipeError, UsageError
 from sparsify_deploy.params import GivenHere
 from sparsify_deploy.params import Params as Settings
@@ -61,8 +61,7 @@ def name_from(path: Path) -> str:
 
 def _text(path: Path) -> tuple[str, list[Mistake]]:
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        content = regular.read(path, MAX_BYTES + 1)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(f"recipe {path} cannot be read ({reason}): give the path of a YAML file") from error

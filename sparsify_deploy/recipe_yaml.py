@@ -26,10 +26,15 @@ from ruamel.yaml.events import (
 )
 from ruamel.yaml.reader import ReaderError
 
+from sparsify_deploy.printable import one_line
+
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_VALUES = 20_000
 """Values in a recipe, each alias counted as what it stands for."""
+
+_LONGEST = 600
+"""Characters of a message: a name quoted in it may be as long as the file."""
 
 Scalar: TypeAlias = "str | int | float | bool | None"
 
@@ -92,8 +97,9 @@ class Mistake:
     path: tuple[str | int, ...] = ()
 
     def __str__(self) -> str:
-        dotted = ".".join(map(str, self.path))
-        return f"{self.place}: {dotted}: {self.text}" if dotted else f"{self.place}: {self.text}"
+        dotted = ".".join(short(str(piece)) for piece in self.path)
+        text = one_line(short(f"{dotted}: {self.text}" if dotted else self.text, _LONGEST))
+        return f"{one_line(str(self.place))}: {text}"
 
 
 class Unreadable(Exception):
@@ -226,6 +232,10 @@ class _Composer:
 
     def scalar(self, event: NodeEvent, place: Place) -> Scalar:
         assert isinstance(event, ScalarEvent)
+        if (found := _NO_TEXT.search(event.value)) is not None:  # written as an escape, such as "\\0"
+            code = f"U+{ord(found.group()):04X}"
+            self.mistakes.append(Mistake(place, f"character {code} is not allowed in text: remove it"))
+            return _NO_TEXT.sub("", event.value)
         if event.style is not None:  # quoted, or a block of text
             return str(event.value)
         value = plain(event.value)
@@ -237,6 +247,9 @@ class _Composer:
             return 0
         return value
 
+
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
+"""What no path and no UTF-8 file can hold."""
 
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")

@@ -5,13 +5,14 @@ A number in a report was measured in the way its field says, or is marked as com
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sparsify_deploy.errors import CorruptArtifact
+from sparsify_deploy.errors import CorruptArtifact, DataError
 from sparsify_deploy.timing import Latency, Race
 from sparsify_deploy.types import EngineProfile, Json
 
@@ -88,6 +89,9 @@ class ModelReport:
         """Computed: the same with the 2:4 layers compressed, metadata included."""
         return sum(layer.bytes_compressed for layer in self.layers)
 
+
+REPORT_FORMAT = 1
+"""Raised when a report would mean something else. One without a number is of 1."""
 
 SAME_GRAPH = "same graph, dense weights"
 """The label of the final sparse file with its zeros replaced: a twin for latency, whose accuracy is unknown."""
@@ -358,6 +362,7 @@ class RunReport:
     curves: tuple[Curve, ...] = ()
     predictions: tuple[Prediction, ...] = ()
     metrics: dict[str, str] = field(default_factory=dict)
+    format: int = REPORT_FORMAT
 
     def row(self, label: str) -> Row | None:
         """The row of that label."""
@@ -367,6 +372,55 @@ class RunReport:
 def dump(report: Any) -> str:
     """A report as indented JSON with sorted keys."""
     return json.dumps(to_json(report), indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+REPORTS = ("report.json", "report.md", "report.html")
+"""The files of a run's report, in the run directory."""
+
+SUMS = "report.sha256"
+"""Their sums, as `sha256sum --check` reads them."""
+
+
+def is_report_whole(folder: Path) -> bool:
+    """Whether all files of a run's report are there as they were written. Raises `OSError` where one cannot be read."""
+    listed = (folder / SUMS).read_bytes() if (folder / SUMS).is_file() else b""
+    return listed == sums(folder).encode()
+
+
+def sums(folder: Path) -> str:
+    """What the file of sums says of the files as they are. Raises `OSError`."""
+    return "".join(f"{_sum(folder / name)}  {name}\n" for name in REPORTS)
+
+
+def read_report(folder: Path) -> RunReport:
+    """The report of a run directory; `CorruptArtifact` where it is not the one that was written, `DataError` where
+    there is none. One of a release that left no sums is taken as it is."""
+    path, listed = folder / REPORTS[0], folder / SUMS
+    if listed.is_file() and not path.is_file():
+        raise CorruptArtifact(f"{path} is gone, though {listed.name} lists it: `run` writes it again")
+    if not path.is_file():
+        raise DataError(f"{path}: no report: name a run directory in which `run` has finished")
+    if listed.is_file() and f"{_sum(path)}  {path.name}\n".encode() not in listed.read_bytes():
+        raise CorruptArtifact(f"{path} is not what {listed.name} lists: it is damaged, and `run` writes it again")
+    _check_format(path)
+    return load(RunReport, path)
+
+
+def _check_format(path: Path) -> None:
+    """`DataError` where a newer program wrote the report."""
+    try:
+        found = json.loads(path.read_bytes()).get("format", REPORT_FORMAT)
+    except (ValueError, RecursionError, AttributeError):  # `load` says what is wrong with it
+        return
+    if isinstance(found, int) and found > REPORT_FORMAT:
+        raise DataError(
+            f"{path}: is of format {found}, and this program reads {REPORT_FORMAT}: use the release that wrote it, or "
+            "`run`, which writes it again"
+        )
+
+
+def _sum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load(kind: type[T], path: Path) -> T:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparsify_deploy import triton
+from sparsify_deploy.artifacts import durable
 from sparsify_deploy.artifacts.digests import DigestCache
 from sparsify_deploy.artifacts.fingerprint import files_below
+from sparsify_deploy.errors import CorruptArtifact
 from sparsify_deploy.package import FORMAT, NOTE
 from sparsify_deploy.pipeline import Outcome
 from sparsify_deploy.plan import Plan
 from sparsify_deploy.reports import RunReport, Shipped
-from sparsify_deploy.runtimes._metadata import metadata_path
+from sparsify_deploy.runtimes._metadata import metadata_path, read_record
 from sparsify_deploy.stages.benchmark import FLOAT_FILE, BenchmarkEngines
 from sparsify_deploy.stages.build_engine import BuildEngine, engine_file
 from sparsify_deploy.types import Json
@@ -100,27 +100,32 @@ def _below(folder: Path) -> dict[str, Path]:
 def publish(folder: Path, report: RunReport, outcomes: Sequence[Outcome], digests: DigestCache) -> None:
     """Make `deploy/` of the run directory hold what the report ships, or nothing; what is the same stays."""
     target = folder / "deploy"
-    for left in ("deploy.partial", "deploy.discarded"):  # by a run that was killed here
-        shutil.rmtree(folder / left, ignore_errors=True)
+    for left in ("deploy.partial", "deploy.discarded"):  # by a run of an older release that was killed here
+        durable.remove(folder / left)
     if report.shipped is None:
         if target.exists():
-            _delete(target)
+            durable.delete(target)
         return
     winner = find(outcomes, report.shipped.model)
     assert winner is not None
     sources = winner.files()
     hashes = {name: digests.digest(path) for name, path in sorted(sources.items())}
-    text = json.dumps(_note(report, winner, hashes), indent=1, sort_keys=True) + "\n"
-    if _is_there(target, hashes, text, digests):
+    note = _note(report, winner, hashes)
+    if _is_there(target, hashes, note, digests):
         return
-    partial = target.with_name("deploy.partial")
-    for name, path in sources.items():
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, partial / name)
-    (partial / NOTE).write_text(text, encoding="utf-8")
-    if target.exists():
-        _delete(target)
-    partial.rename(target)
+    with durable.replacing_folder(target) as fresh:
+        for name, path in sources.items():
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            durable.copy(path, fresh / name, hashes[name])
+        durable.write_json(fresh / NOTE, note)
+
+
+def copy_folder(source: Path, target: Path, digests: DigestCache) -> None:
+    """Replace `target` by a copy of a folder of the store; `CorruptArtifact` where a file there is another by now."""
+    with durable.replacing_folder(target) as fresh:
+        for name in files_below(source):
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            durable.copy(source / name, fresh / name, digests.digest(source / name))
 
 
 def _note(report: RunReport, winner: Winner, hashes: Mapping[str, str]) -> Json:
@@ -165,7 +170,7 @@ def serve(folder: Path, plan: Plan, report: RunReport, outcomes: Sequence[Outcom
         if (served := _to_serve(runtime, report, outcomes)) is not None
     }
     for left in [entry for entry in folder.iterdir() if entry.name not in found] if folder.is_dir() else []:
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        durable.delete(left)
     if not found and folder.is_dir():
         folder.rmdir()
     for name, chosen in found.items():
@@ -205,7 +210,7 @@ def _to_serve(runtime: str, report: RunReport, outcomes: Sequence[Outcome]) -> _
 def _serve_one(target: Path, chosen: _Served, plan: Plan, digests: DigestCache) -> None:
     """Write one model; what is the same stays, and then neither onnx nor the data set is opened."""
     largest = max(triton.LARGEST_BATCH, *plan.recipe.benchmark.batch_sizes)
-    record = json.loads(metadata_path(chosen.engine).read_text(encoding="utf-8"))
+    record = read_record(metadata_path(chosen.engine))
     files = triton.served_files(chosen.engine, record)
     parts: dict[str, Json] = {"format": triton.FORMAT, "name": target.name, "why": chosen.why, "largest": largest}
     parts["onnx"] = digests.digest(chosen.onnx)
@@ -231,15 +236,11 @@ def _serve_one(target: Path, chosen: _Served, plan: Plan, digests: DigestCache) 
     triton.write(target.parent, target.name, model, made_from=made_from)
 
 
-def _is_there(target: Path, hashes: Mapping[str, str], text: str, digests: DigestCache) -> bool:
+def _is_there(target: Path, hashes: Mapping[str, str], note: Json, digests: DigestCache) -> bool:
     if not target.is_dir() or {str(name) for name in files_below(target)} != {*hashes, NOTE}:
         return False
     same = all(digests.digest(target / name) == sha256 for name, sha256 in hashes.items())
-    return same and (target / NOTE).read_text(encoding="utf-8") == text
-
-
-def _delete(folder: Path) -> None:
-    """Take a folder away under another name first, so that a crash leaves no part of it under its own."""
-    doomed = folder.with_name(f"{folder.name}.discarded")
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed)
+    try:
+        return same and durable.read_json(target / NOTE) == note
+    except (OSError, CorruptArtifact):  # it is written anew
+        return False

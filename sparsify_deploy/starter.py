@@ -12,7 +12,8 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsify_deploy import menu
+from sparsify_deploy import menu, regular
+from sparsify_deploy.artifacts import durable
 from sparsify_deploy.errors import MissingExtra, RecipeError, UsageError
 from sparsify_deploy.recipe_yaml import Leaf, Place, read
 from sparsify_deploy.stages.given import Given
@@ -102,9 +103,7 @@ def start(
 
 
 def _written(output: Path, text: str) -> None:
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, output)
+    durable.write_text(output, text)
 
 
 def _start_given(network: _Source, data: _Source | None, output: Path, trust_code: bool) -> Start:
@@ -223,8 +222,10 @@ def _beside_network(data: _Source, network: _Source, output: Path) -> _Source:
     if network.source != "transformers" or not isinstance(place, str):
         return data
     try:
-        about = json.loads((output.absolute().parent / place / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        about = json.loads(regular.read(output.absolute().parent / place / "config.json"))
+    except (OSError, ValueError, RecursionError):
+        about = {}
+    if not isinstance(about, dict):
         about = {}  # opening the network says what is wrong with its folder
     found: dict[str, Json] = {"tokenizer": place} if "tokenizer" in fields else {}
     positions, size = (about.get(key) for key in ("max_position_embeddings", "image_size"))
@@ -232,7 +233,7 @@ def _beside_network(data: _Source, network: _Source, output: Path) -> _Source:
         found["max_length"] = positions
     if "size" in fields and "image_size" in about and isinstance(size, int):
         found["size"] = size
-    return _Source(data.source, {**found, **data.params})
+    return _Source(data.source, {**data.params, **found, **data.params})
 
 
 def _scaled(data: _Source, subject: Subject) -> _Source:
@@ -290,7 +291,7 @@ def _opened(text: str, output: Path, trust_code: bool) -> Subject:
             return open_run(Path(file.name), trust_code=trust_code).plan.subject
         except RecipeError as error:  # the place is one in a file that nobody sees
             said = [mistake.split(": ", 1)[-1] for mistake in error.mistakes]
-            raise UsageError("\n".join(f"init: {line}" for line in said)) from None
+            raise UsageError(*(f"init: {line}" for line in said)) from None
         except UsageError as error:
             raise UsageError(str(error).replace(file.name, "init")) from None
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparsify_deploy import shipping
+from sparsify_deploy.artifacts import durable
 from sparsify_deploy.artifacts.digests import DigestCache
 from sparsify_deploy.artifacts.environment import fact, machine
 from sparsify_deploy.layer_verdict import Known, chain
@@ -21,7 +20,9 @@ from sparsify_deploy.prediction.roofline import Layer
 from sparsify_deploy.reports import (
     AS_GIVEN,
     IN_FLOAT,
+    REPORTS,
     SAME_GRAPH,
+    SUMS,
     BenchmarkReport,
     Curve,
     EngineRow,
@@ -37,7 +38,9 @@ from sparsify_deploy.reports import (
     StepRow,
     dump,
     from_json,
+    is_report_whole,
     load,
+    sums,
 )
 from sparsify_deploy.stages import predictions
 from sparsify_deploy.stages.benchmark import BenchmarkEngines
@@ -390,27 +393,28 @@ def publish(
     `plan` is the one whose Triton model repositories are written as well.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for inner in (folder, *folder.glob("onnx/*"), *folder.glob("engines/*"), folder / "triton"):
+        durable.sweep(inner)
     kept = [_copy(folder, outcome, digests) for outcome in outcomes]
     for stale in {*folder.glob("onnx/*/*"), *folder.glob("engines/*/*")} - {*kept}:
-        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        durable.delete(stale)
     shipping.publish(folder, report, outcomes, digests)
     if any(outcome.ran for outcome in outcomes) or not _is_published(folder, report):
         _write_reports(folder, report)
     if plan is not None:
         shipping.serve(folder / "triton", plan, report, outcomes, digests)
     text = recipe.read_text(encoding="utf-8") + "".join(f"# run with --set {change}\n" for change in sets)
-    _replace_file(folder / "recipe.yaml", text)
+    durable.write_text(folder / "recipe.yaml", text)
 
 
 def _is_published(folder: Path, report: RunReport) -> bool:
     """Whether the reports in `folder` are of the same results: they hold then when and why those were made."""
-    files = [folder / name for name in ("report.json", "report.md", "report.html")]
-    if not all(file.is_file() for file in files):
-        return False
     try:
-        old = json.loads(files[0].read_text(encoding="utf-8"))
+        if not is_report_whole(folder):
+            return False
+        old = json.loads((folder / REPORTS[0]).read_text(encoding="utf-8"))
         same = [(step["id"], step["fingerprint"]) for step in old["steps"]]
-    except (ValueError, KeyError, TypeError):  # written by another version, or by hand
+    except (OSError, ValueError, KeyError, TypeError):  # written by another version, or by hand
         return False
     steps = [(step.id, step.fingerprint) for step in report.steps]
     parts = ("recipe", "machine", "metric", "direction", "gates", "predictions", "shipped", "notes", "verdict")
@@ -426,11 +430,12 @@ def _write_reports(folder: Path, report: RunReport) -> None:
     from sparsify_deploy.page import fingerprint, is_current, page
     from sparsify_deploy.tables import markdown
 
-    _replace_file(folder / "report.json", dump(report))
-    _replace_file(folder / "report.md", markdown(report))
     shown = fingerprint(report)
-    if not is_current(folder / "report.html", shown):
-        _replace_file(folder / "report.html", page(report, shown))
+    durable.write_text(folder / REPORTS[0], dump(report))
+    durable.write_text(folder / REPORTS[1], markdown(report))
+    if not is_current(folder / REPORTS[2], shown):
+        durable.write_text(folder / REPORTS[2], page(report, shown))
+    durable.write_text(folder / SUMS, sums(folder))
 
 
 def _copy(folder: Path, outcome: Outcome, digests: DigestCache) -> Path | None:
@@ -443,7 +448,7 @@ def _copy(folder: Path, outcome: Outcome, digests: DigestCache) -> Path | None:
     if isinstance(stage, BuildEngine):
         target = (folder / _published(outcome)).parent
         if not target.is_dir() or digests.digest(target) != outcome.record.digests["engine"]:
-            _replace_folder(outcome.record.outputs["engine"], target)
+            shipping.copy_folder(outcome.record.outputs["engine"], target, digests)
         return target
     return None
 
@@ -451,22 +456,5 @@ def _copy(folder: Path, outcome: Outcome, digests: DigestCache) -> Path | None:
 def _copy_onnx(outcome: Outcome, target: Path, digests: DigestCache) -> Path:
     if not target.is_file() or digests.digest(target) != outcome.record.digests["onnx"]:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        shutil.copyfile(outcome.record.outputs["onnx"], partial)
-        os.replace(partial, target)
+        durable.copy(outcome.record.outputs["onnx"], target, outcome.record.digests["onnx"])
     return target
-
-
-def _replace_file(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _replace_folder(source: Path, target: Path) -> None:
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)

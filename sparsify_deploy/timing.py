@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from sparsify_deploy import native
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -136,14 +138,16 @@ def copies(
 ) -> Copies:
     """Time `bind` and `fetch` of a session, which is left with `inputs` bound."""
     bound, fetched = [], []
-    for _ in range(times):
-        start = wall()
-        session.bind(inputs)
-        bound.append((wall() - start) / 1e6)
-        session.execute()
-        start = wall()
-        session.fetch()
-        fetched.append((wall() - start) / 1e6)
+    with native.call(f"timing the copies of {label}", batch_size) as renew:
+        for _ in range(times):
+            renew()
+            start = wall()
+            session.bind(inputs)
+            bound.append((wall() - start) / 1e6)
+            session.execute()
+            start = wall()
+            session.fetch()
+            fetched.append((wall() - start) / 1e6)
     return Copies(label, batch_size, statistics.median(bound), statistics.median(fetched), times)
 
 
@@ -182,9 +186,10 @@ def measure(
 ) -> Latency:
     """Warm up, then execute until both `min_ms` of wall time and `min_iterations` are reached."""
     recorder = _Recorder(variant, wall, cpu)
-    recorder.run(warmup_ms)
-    recorder.forget()
-    recorder.run(min_ms, min_iterations)
+    with native.call("timing an engine", batch_size) as renew:
+        recorder.run(warmup_ms, renew=renew)
+        recorder.forget()
+        recorder.run(min_ms, min_iterations, renew)
     return recorder.latency(clock, batch_size, threads)
 
 
@@ -216,14 +221,17 @@ def race(
     recorders = {label: _Recorder(variant, wall, cpu) for label, variant in variants.items()}
     twin = _Recorder(control if control is not None else variants[labels[0]], wall, cpu)
     everyone = [*recorders.values(), twin]
-    for recorder in everyone:
-        recorder.run(warmup_ms)
+    names = [*labels, labels[0]]
+    for recorder, name in zip(everyone, names, strict=True):
+        with native.call(f"timing {name}", batch_size) as renew:
+            recorder.run(warmup_ms, renew=renew)
         recorder.forget()
     random = np.random.default_rng(seed)
     for _ in range(rounds):
         for i in random.permutation(len(everyone)):
             everyone[i].start_round()
-            everyone[i].run(round_ms)
+            with native.call(f"timing {names[i]}", batch_size) as renew:
+                everyone[i].run(round_ms, renew=renew)
     medians = {label: recorder.round_medians(used) for label, recorder in recorders.items()}
     aa = _interval(medians[labels[0]] / twin.round_medians(used), random)
     noise = max(1.0 - aa[1], aa[2] - 1.0, LEAST_NOISE)
@@ -290,9 +298,13 @@ class _Recorder:
         """What is executed from here on belongs to a new round."""
         self._starts.append(len(self._taken["wall time"]))
 
-    def run(self, least_ms: float, least_times: int = 1) -> None:
-        """Execute until `least_ms` of wall time and `least_times` executions are over."""
-        end, times = self._wall() + least_ms * 1e6, 0
+    def run(self, least_ms: float, least_times: int = 1, renew: Callable[[], None] = lambda: None) -> None:
+        """Execute until `least_ms` of wall time and `least_times` executions are over.
+
+        `renew` is called, outside of what is timed, about once a second.
+        """
+        now = self._wall()
+        end, times, renewed = now + least_ms * 1e6, 0, now
         while times < least_times or self._wall() < end:
             cpu_before = self._cpu()
             wall_before = self._wall()
@@ -304,6 +316,9 @@ class _Recorder:
             if self.has_device:
                 self._taken["device time"].append(getattr(self._session, "device_ms") * 1e6)  # noqa: B009 no attribute of object
             times += 1
+            if wall_after - renewed > 1e9:
+                renew()
+                renewed = wall_after
 
     def round_medians(self, clock: Clock) -> NDArray[np.float64]:
         """The median duration of every round, ns."""

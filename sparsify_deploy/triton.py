@@ -10,15 +10,16 @@ References: Triton's user guide on model configuration; the OpenVINO backend's R
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from sparsify_deploy.artifacts import durable
 from sparsify_deploy.errors import ModelError, UsageError
 from sparsify_deploy.preprocessing import spec
+from sparsify_deploy.printable import one_line
 from sparsify_deploy.types import IOTensor, Json
 
 SERVED = {"tensorrt": "model.plan", "onnxruntime": "model.onnx", "openvino": "model.xml"}
@@ -31,6 +32,9 @@ FORMAT = 2
 
 LARGEST_BATCH = 32
 """`max_batch_size` where the file takes any batch: a choice of ours, not a limit."""
+
+_LONGEST_NAME = 200
+"""Letters, so that a folder can be called so, with what is put around it while it is written."""
 
 _TYPES = {
     "bool": "TYPE_BOOL",
@@ -118,7 +122,7 @@ def unserved(runtime: str) -> str | None:
 
 def model_name(base: str, runtime: str) -> str:
     """A name Triton and every file system take. It holds the runtime, so that two of one recipe do not collide."""
-    plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", base).strip("._-") or "model"
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", base)[:_LONGEST_NAME].strip("._-") or "model"
     return f"{plain}_{runtime}"
 
 
@@ -159,24 +163,18 @@ def write(folder: Path, name: str, model: Model, *, made_from: str = "") -> Path
 
     `made_from` is noted in the configuration, for a caller who asks later whether it is still up to date.
     """
-    target, partial = folder / name, folder / f".{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "1").mkdir(parents=True)
-    for file, source in model.files.items():
-        shutil.copyfile(source, partial / "1" / file)
-    for file, source in model.preprocessing.items():
-        shutil.copyfile(source, partial / file)
-    if _labelled(model):
-        lines = "".join(" ".join(label.split()) + "\n" for label in model.labels)
-        (partial / LABELS).write_text(lines, encoding="utf-8")
-    text = config(name, model) + (f"# {made_from}\n" if made_from else "")
-    (partial / CONFIG).write_text(text, encoding="utf-8")
-    if target.exists():
-        doomed = folder / f".{name}.discarded"
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(target, doomed)
-        shutil.rmtree(doomed)
-    partial.rename(target)
+    target = folder / name
+    with durable.replacing_folder(target) as fresh:
+        (fresh / "1").mkdir()
+        for file, source in model.files.items():
+            shutil.copyfile(source, fresh / "1" / file)
+        for file, source in model.preprocessing.items():
+            shutil.copyfile(source, fresh / file)
+        if _labelled(model):
+            lines = "".join(one_line(" ".join(label.split())) + "\n" for label in model.labels)
+            (fresh / LABELS).write_text(lines, encoding="utf-8")
+        text = config(name, model) + (f"# {made_from}\n" if made_from else "")
+        (fresh / CONFIG).write_text(text, encoding="utf-8")
     return target
 
 
@@ -336,7 +334,7 @@ def _warm_ups(model: Model) -> Iterator[str]:
 
 
 def _comment(text: str) -> Iterator[str]:
-    yield f"# {' '.join(text.split())}"
+    yield f"# {one_line(' '.join(text.split()))}"
 
 
 def _quoted(text: str) -> str:

@@ -123,7 +123,8 @@ class Task(Protocol):
 
     It may also have `also_measured`, name to direction of metrics that `evaluate` gives only where they mean something;
     `counting`, the task once it is told how to learn the training examples of each label; `check`, which tries the task
-    on a batch and the outputs for it; and `example_inputs`, a batch as a network is traced and exported with it.
+    on a batch and the outputs for it; `example_inputs`, a batch as a network is traced and exported with it; and
+    `answers`, which of some outputs hold an answer as their largest value.
     """
 
     @property

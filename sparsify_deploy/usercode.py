@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,26 @@ from sparsify_deploy.errors import DataError, SparsifyError, is_out_of_memory
 
 _PACKAGE = Path(__file__).resolve().parent
 _LONGEST_MESSAGE = 300
+
+_approved: dict[Path, str] = {}
+"""sha256 of the files that a user was shown before they trusted them: what is executed is that, or nothing."""
+
+
+def approve(path: Path, sha256: str) -> None:
+    """Note which bytes of a file the user trusts; `check_approved` refuses others."""
+    _approved[_real(path)] = sha256
+
+
+def approved(path: Path) -> str | None:
+    """The sha256 of the bytes that the user trusts, None where they were not asked."""
+    return _approved.get(_real(path))
+
+
+def check_approved(path: Path, content: bytes, error: type[DataError]) -> None:
+    """Raises `error` where `content`, about to be executed, is not what the user was shown of the file."""
+    expected = approved(path)
+    if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+        raise error(f"{path}: has changed since its sha256 {expected} was trusted: look at it again, then start again")
 
 
 def make(
@@ -55,7 +76,7 @@ def make(
 @contextmanager
 def running(path: Path, error: type[DataError]) -> Iterator[None]:
     """Inside, the folder of `path` is importable and the user's exceptions become `error`; `sys.path` is restored."""
-    folder = path.resolve().parent
+    folder = _real(path).parent
     search, known = list(sys.path), set(sys.modules)
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
@@ -110,12 +131,15 @@ def _load(path: Path, error: type[DataError]) -> ModuleType:
     if path.suffix != ".py":
         raise error(f"{path}: expected a Python file, .py")
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe might never end
+            raise error(f"{path}: is no file")
         source = path.read_bytes()
     except FileNotFoundError:
         raise error(f"{path}: no such file") from None
     except OSError as exc:
         raise error(f"{path}: cannot be read: {exc.strerror}") from exc
-    name = "_sparsify_deploy_user_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    check_approved(path, source, error)
+    name = "_sparsify_deploy_user_" + hashlib.sha256(str(_real(path)).encode()).hexdigest()[:16]
     spec = importlib.util.spec_from_file_location(name, path, loader=SourceFileLoader(name, str(path)))
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -177,7 +201,7 @@ def one_line(path: Path, exc: BaseException) -> str:
 
 def line_of(path: Path, exc: BaseException) -> str:
     """`file:line` of the deepest line in the user's own folder that an exception came through, else `path`."""
-    folder = path.resolve().parent
+    folder = _real(path).parent
     places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(exc.__traceback__)]
     if isinstance(exc, SyntaxError) and exc.filename:
         places.append((exc.filename, exc.lineno))
@@ -185,6 +209,11 @@ def line_of(path: Path, exc: BaseException) -> str:
     return own[-1] if own else str(path)
 
 
+def _real(path: Path) -> Path:
+    """Without links; of a loop of links the path itself, for reading it says what is wrong."""
+    return Path(os.path.realpath(path))
+
+
 def _is_own(file: Path, folder: Path) -> bool:
-    file = file.resolve()
+    file = _real(file)
     return folder in file.parents and _PACKAGE not in file.parents and "site-packages" not in file.parts

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparsify_deploy import menu, pipeline, recipe_source
+from sparsify_deploy import logbook, menu, pipeline, recipe_source, reports
+from sparsify_deploy.artifacts.environment import machine
 from sparsify_deploy.artifacts.store import ArtifactStore
-from sparsify_deploy.errors import DataError, UsageError
+from sparsify_deploy.errors import UsageError
 from sparsify_deploy.interrupt import stoppable
 from sparsify_deploy.plan import Plan, is_given
 from sparsify_deploy.plan import plan as plan_of
@@ -17,7 +19,8 @@ from sparsify_deploy.prediction.gpus import Gpu, chosen
 from sparsify_deploy.prediction.roofline import GpuForecast
 from sparsify_deploy.recipe import Recipe
 from sparsify_deploy.recipe_checks import unknown_metric
-from sparsify_deploy.reports import Gate, RunReport, SensitivityReport, load
+from sparsify_deploy.redaction import redacted
+from sparsify_deploy.reports import Gate, RunReport, SensitivityReport
 from sparsify_deploy.stages import predictions
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.given import Given
@@ -61,7 +64,7 @@ class Workspace:
 
     def code_lines(self) -> tuple[str, ...]:
         """The user's files that would be executed, with their sha256. `DataError` where one is gone."""
-        return tuple(code.line(self.store.digests) for code in self.code)
+        return tuple(code.line() for code in self.code)
 
     def check_trusted(self) -> None:
         """`UsageError` where the recipe would run code of the user that they have not allowed."""
@@ -73,8 +76,8 @@ class Workspace:
 
     def _trust(self, progress: Progress) -> None:
         self.check_trusted()
-        for line in self.code_lines():
-            progress.say(f"trusted: {line}")
+        for code in self.code:
+            progress.say(f"trusted: {code.approve()}")
 
     def _check_metric(self) -> None:
         """`UsageError` where gates name a metric that a user's own task lacks; a recipe check knows all other tasks."""
@@ -99,11 +102,11 @@ class Workspace:
         self._trust(progress)
         self._check_metric()
         self._check_predicted()
-        with self.store.lock(), stoppable() as stop_requested:
-            context = Context(progress, checkpoint_every_s, self.recipe.threads, device, stop_requested)
+        with self.store.lock(), self._logged("run", progress) as logged, stoppable() as stop_requested:
+            context = Context(logged, checkpoint_every_s, self.recipe.threads, device, stop_requested)
             outcomes = pipeline.run(self.plan, self.store, context, again=again, start=start, until=until)
             outcomes += self._sensitivity_known(outcomes)
-            report = summarise(self.plan, outcomes, until)
+            report = redacted(summarise(self.plan, outcomes, until))
             publish(self.folder, report, outcomes, self.source, self.store.digests, sets=self.sets, plan=self.plan)
         return report
 
@@ -117,18 +120,23 @@ class Workspace:
         self._trust(progress)
         self._check_metric()
         whole = plan_of(self.recipe, sensitivity=True, trusted=self.trusted)
-        with self.store.lock(), stoppable() as stop_requested:
-            context = Context(progress, threads=self.recipe.threads, device=device, stop_requested=stop_requested)
+        with self.store.lock(), self._logged("sensitivity", progress) as logged, stoppable() as stop_requested:
+            context = Context(logged, threads=self.recipe.threads, device=device, stop_requested=stop_requested)
             ran = {o.step.id: o for o in pipeline.run(whole.leading_to("sensitivity"), self.store, context)}
             outcomes = [
                 ran.get(status.step.id) or pipeline.Outcome(status.step, status.record, False, "")
                 for status in pipeline.survey(whole, self.store)
                 if status.record is not None
             ]
-            report = summarise(whole, outcomes, None if len(outcomes) == len(whole.steps) else "sensitivity")
+            partly = None if len(outcomes) == len(whole.steps) else "sensitivity"
+            report = redacted(summarise(whole, outcomes, partly))
             publish(self.folder, report, outcomes, self.source, self.store.digests, sets=self.sets, plan=whole)
         assert report.sensitivity is not None
         return report.sensitivity
+
+    def _logged(self, verb: str, progress: Progress) -> AbstractContextManager[Progress]:
+        """The progress that the run directory's log hears too; the log ends with what ends the run."""
+        return logbook.keeping(self.folder, progress, verb, facts=machine)
 
     def _sensitivity_known(self, outcomes: Sequence[pipeline.Outcome]) -> list[pipeline.Outcome]:
         """The sensitivity of the layers where it was measured for this recipe, though no step of the run needs it."""
@@ -189,8 +197,8 @@ class Workspace:
         steps = pipeline.survey(self.plan, self.store)
         if self.code and not self.trusted:
             return Forecast(tuple((s, None) for s in steps), (), (), code=self.code_lines(), trusted=False)
-        found = self._forecast(steps, targets, batch_sizes or settings.batch_sizes)
-        return replace(found, code=self.code_lines())
+        code = tuple(code.approve() for code in self.code)
+        return replace(self._forecast(steps, targets, batch_sizes or settings.batch_sizes), code=code)
 
     def _forecast(
         self, steps: Sequence[pipeline.Status], targets: Sequence[Gpu], batch_sizes: Sequence[int]
@@ -253,15 +261,15 @@ def open_run(
     )
     if trust_code is False:
         opened.check_trusted()
+    if trusted:
+        for code in opened.code:
+            code.approve()
     return opened
 
 
 def read_report(folder: Path) -> RunReport:
-    """The report of a run directory."""
-    path = folder / "report.json"
-    if not path.is_file():
-        raise DataError(f"{path}: no report: name a run directory in which `run` has finished")
-    return load(RunReport, path)
+    """The report of a run directory, as `reports.read_report` reads it."""
+    return reports.read_report(folder)
 
 
 def exit_code(report: RunReport) -> int:

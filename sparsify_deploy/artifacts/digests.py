@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsify_deploy.artifacts.fingerprint import file_digest, files_below
+from sparsify_deploy.artifacts import durable
+from sparsify_deploy.artifacts.fingerprint import file_digests, files_below
+from sparsify_deploy.errors import CorruptArtifact
 
 if TYPE_CHECKING:
     from sparsify_deploy.types import Json
@@ -35,13 +37,18 @@ class DigestCache:
 
     def hash(self, path: Path) -> str:
         """`file_digest(path)`, read now and remembered. Raises `OSError`."""
-        before, began = _stamp(path), time.time_ns()
-        sha256 = file_digest(path)
-        newest = max((max(modified, changed) for _, modified, changed, _ in before), default=0)
-        if _stamp(path) == before and newest < began - _COARSEST_CLOCK_NS:
-            self._entries()[str(path.absolute())] = {"stamp": before, "sha256": sha256}
-            self._changed = True
-        return sha256
+        return self.hash_all([path])[0]
+
+    def hash_all(self, paths: Sequence[Path], single: dict[Path, str] | None = None) -> list[str]:
+        """`hash` of each path, several files at a time; into `single` go those of each file."""
+        before, began = [_stamp(path) for path in paths], time.time_ns()
+        found = file_digests(paths, single)
+        for path, stamp, sha256 in zip(paths, before, found, strict=True):
+            newest = max((max(modified, changed) for _, modified, changed, _ in stamp), default=0)
+            if _stamp(path) == stamp and newest < began - _COARSEST_CLOCK_NS:
+                self._entries()[str(path.absolute())] = {"stamp": stamp, "sha256": sha256}
+                self._changed = True
+        return found
 
     def moved(self, old: Path, new: Path) -> None:
         """A folder was renamed, which changes no file in it."""
@@ -55,9 +62,7 @@ class DigestCache:
         if not self._changed:
             return
         kept = {name: entry for name, entry in self._entries().items() if os.path.exists(name)}
-        partial = self._file.with_name(f"{self._file.name}.partial")
-        partial.write_text(json.dumps(kept, sort_keys=True), encoding="utf-8")
-        os.replace(partial, self._file)
+        durable.write_json(self._file, {"files": kept})
         self._changed = False
 
     def _entries(self) -> dict[str, Json]:
@@ -69,12 +74,12 @@ class DigestCache:
 def _read(file: Path) -> dict[str, Json]:
     """The saved entries; none where the file is missing or damaged, for all in it can be computed again."""
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = durable.read_json(file)["files"]
         return {
             str(name): {"stamp": [list(map(int, one)) for one in entry["stamp"]], "sha256": str(entry["sha256"])}
             for name, entry in entries.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, CorruptArtifact, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 

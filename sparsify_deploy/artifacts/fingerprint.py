@@ -7,17 +7,21 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
+
+from sparsify_deploy.artifacts.environment import available_cores
 
 if TYPE_CHECKING:
     from sparsify_deploy.types import Json
 
 BY_CONTENT = "<by content>"
 """Stands for a path: what is read from it enters a fingerprint by its digest, not by where it lies."""
+
+_WORTH_A_THREAD_BYTES = 8 << 20
 
 
 def canonical(obj: object) -> Json:
@@ -67,9 +71,31 @@ def file_digest(path: Path) -> str:
 
     Links are followed. Raises `OSError` where something is missing, unreadable, or a loop of links.
     """
-    if not path.is_dir():
-        return _bytes_digest(path)
-    listed = [[name, _bytes_digest(path / name)] for name in files_below(path)]
+    return file_digests([path])[0]
+
+
+def file_digests(paths: Sequence[Path], single: dict[Path, str] | None = None) -> list[str]:
+    """`file_digest` of each path, with as many files at a time as there are cores; into `single` go those of files."""
+    files = [[path / name for name in files_below(path)] if path.is_dir() else [path] for path in paths]
+    flat = [one for each in files for one in each]
+    threads = min(len(flat), available_cores())
+    if threads > 1 and sum(one.stat().st_size for one in flat) > _WORTH_A_THREAD_BYTES:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(threads) as pool:
+            digests = dict(zip(flat, pool.map(_bytes_digest, flat), strict=True))
+    else:
+        digests = {one: _bytes_digest(one) for one in flat}
+    if single is not None:
+        single.update(digests)
+    return [
+        _folder_digest(path, each, digests) if path.is_dir() else digests[path]
+        for path, each in zip(paths, files, strict=True)
+    ]
+
+
+def _folder_digest(folder: Path, files: Sequence[Path], digests: Mapping[Path, str]) -> str:
+    listed = [[one.relative_to(folder).as_posix(), digests[one]] for one in files]
     return hashlib.sha256(b"folder\0" + canonical_text(listed).encode("ascii")).hexdigest()
 
 

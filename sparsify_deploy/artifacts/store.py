@@ -7,43 +7,38 @@ nothing, a `.partial`, or a whole commit.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
+import re
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from sparsify_deploy import regular
+from sparsify_deploy.artifacts import durable, layout
 from sparsify_deploy.artifacts.digests import DigestCache
-from sparsify_deploy.artifacts.fingerprint import canonical, digest, files_below
-from sparsify_deploy.errors import CorruptArtifact, Locked, OutOfResources, UsageError
+from sparsify_deploy.artifacts.durable import explained
+from sparsify_deploy.artifacts.fingerprint import canonical, digest, file_digest, files_below
+from sparsify_deploy.artifacts.lock import locked
+from sparsify_deploy.errors import CorruptArtifact
 
 if TYPE_CHECKING:
     from sparsify_deploy.types import Facts, Json
 
+__all__ = ["DIGESTS", "MANIFEST", "PARTS", "ArtifactStore", "Record", "changes", "explained", "record_in"]
+
 MANIFEST = "manifest.json"
 DIGESTS = "digests.json"
 PARTS = "parts.json"
-_UNWRITABLE = frozenset(
-    {
-        errno.EACCES,
-        errno.EEXIST,
-        errno.EINVAL,
-        errno.EISDIR,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-        errno.ENOTDIR,
-        errno.EPERM,
-        errno.EROFS,
-    }
-)
 _OWN = frozenset({MANIFEST, PARTS})
+_FIELDS = frozenset({"stage", "fingerprint", "parts", "outputs", "measured", "created", "seconds"})
+_NAMED = re.compile(r"[a-z][a-z0-9_.]*-[0-9a-f]{64}(\.partial)?")
+_ALWAYS_HASHED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -60,6 +55,8 @@ class Record:
     measured: Facts
     seconds: float
     created: str
+    files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """For an output that is a folder, the sha256 of each file in it; none by an older release."""
 
 
 class ArtifactStore:
@@ -69,28 +66,31 @@ class ArtifactStore:
         self.folder = Path(folder)
         self.digests = DigestCache(self.folder / DIGESTS)
         self._verified: set[Path] = set()
+        self._layout_known = False
 
     def find(self, stage: str, parts: Mapping[str, Json]) -> Record | None:
         """The committed result of `stage` made from `parts`, its bytes verified once a process; None: not there.
 
-        A file whose size, times and inode are those of the last hashing is not hashed again; `check` does.
-        Raises `CorruptArtifact` where a file is missing or its bytes are not the ones that were committed.
+        A file of more than a MiB whose size, times and inode are those of the last hashing is not hashed again; `check`
+        does. Raises `CorruptArtifact` where a file is missing or its bytes are not the ones that were committed.
         """
+        self._check_layout()
         final = self._final(stage, parts)
-        if not final.is_dir():
+        if not os.path.lexists(final):
             return None
         record = _record(final)
         if (record.stage, record.parts) != (stage, canonical(parts)):
             raise CorruptArtifact(f"{final / MANIFEST} is the manifest of another result: {_mend(final)}")
         if final not in self._verified:
             for name, path in record.outputs.items():
-                _verify(self.digests.digest, path, record.digests[name], final)
+                small = record.bytes[name] <= _ALWAYS_HASHED_BYTES
+                _verify(self.digests.hash if small else self.digests.digest, path, record, name)
             self._verified.add(final)
         return record
 
     def check(self, record: Record, output: str) -> Path:
         """The path of an output, hashed now, before something is made from it; raises `CorruptArtifact`."""
-        _verify(self.digests.hash, record.outputs[output], record.digests[output], record.folder)
+        _verify(self.digests.hash, record.outputs[output], record, output)
         return record.outputs[output]
 
     def begun(self, stage: str, parts: Mapping[str, Json]) -> bool:
@@ -100,10 +100,12 @@ class ArtifactStore:
     def begin(self, stage: str, parts: Mapping[str, Json]) -> Path:
         """The folder to work in: empty at first, after a crash the same one with what was left in it."""
         partial = self._partial(stage, parts)
+        if os.path.lexists(partial) and not partial.is_dir():
+            raise CorruptArtifact(f"{partial} is no folder any more: delete it, then its stage starts over")
         with explained(self.folder):
             partial.mkdir(parents=True, exist_ok=True)
             (partial / MANIFEST).unlink(missing_ok=True)
-            write_json(partial / PARTS, canonical(parts))
+            durable.write_json(partial / PARTS, canonical(parts))
         return partial
 
     def commit(
@@ -119,12 +121,12 @@ class ArtifactStore:
                 "stage": stage,
                 "fingerprint": digest(parts),
                 "parts": canonical(parts),
-                "outputs": {name: _sealed(self.digests, partial, file) for name, file in outputs.items()},
+                "outputs": _sealed(self.digests, partial, outputs),
                 "measured": measured,
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "seconds": round(seconds, 3),
             }
-            write_json(partial / MANIFEST, manifest)
+            durable.write_json(partial / MANIFEST, manifest)
             self._finish(partial, final)
         self._verified.add(final)
         return _record(final)
@@ -134,8 +136,8 @@ class ArtifactStore:
         with explained(self.folder):
             for folder in (self._final(stage, parts), self._partial(stage, parts)):
                 self._verified.discard(folder)
-                if folder.is_dir():
-                    _delete(folder)
+                if os.path.lexists(folder):
+                    durable.delete(folder)
 
     def remember(self, step: str, parts: Mapping[str, Json]) -> None:
         """Note from what a step of a plan was last made, for `reason`."""
@@ -145,59 +147,70 @@ class ArtifactStore:
             return
         with explained(self.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, known)
+            durable.write_json(path, known)
 
     def reason(self, step: str, parts: Mapping[str, Json]) -> str:
         """Why a step that is not committed has to run: `settings.params.rounds: 100 -> 50`."""
         if any(self.folder.glob(f"*-{digest(parts)}.partial")):
             return "the last attempt did not finish"
-        before = _read_json(self._last(step))
+        path = self._last(step)
+        before = _read_json(path)
         if before is None:
-            return "first time"
+            return f"{path}, which says what it was made from, cannot be read" if path.exists() else "first time"
         return changes(before, canonical(parts)) or "its result is gone from the store"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the store for this process alone; raises `Locked` at once where another has it.
+        """Hold the store for this process alone; raises `Locked` where another has it.
 
         The lock goes with the process however it ends: child processes do not inherit it. What a killed process left
-        half done between two steps of a commit or a deletion is brought to its end here.
+        half done between two steps of a commit or a deletion is brought to its end here, and what it left half written
+        is deleted.
         """
-        with explained(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        _held.add(descriptor)
-        try:
-            _acquire(descriptor, self.folder)
+        self._check_layout()
+        with locked(self.folder):
             with explained(self.folder):
+                layout.mark(self.folder)
                 self._recover()
             try:
                 yield
-            finally:
+            except BaseException:
+                with suppress(OSError):  # what is remembered there can be computed again: the error is the news
+                    self.digests.save()
+                raise
+            with explained(self.folder):
                 self.digests.save()
-        finally:
-            if descriptor in _held:  # in a forked child it is closed already
-                _held.remove(descriptor)
-                os.close(descriptor)
+
+    def _check_layout(self) -> None:
+        """`DataError` where a newer program laid the store out."""
+        if not self._layout_known:
+            layout.check(self.folder)
+            self._layout_known = True
 
     def _recover(self) -> None:
-        for folder in self.folder.glob("*.discarded"):
-            shutil.rmtree(folder)
+        for folder in self.folder.glob("*.discarded"):  # by a release before the endings of `durable`
+            if _NAMED.fullmatch(folder.stem):
+                durable.remove(folder)
+        durable.sweep(self.folder)
+        durable.sweep(self.folder / "last")
         for partial in self.folder.glob("*.partial"):
+            if not _NAMED.fullmatch(partial.stem) or partial.is_symlink():  # not ours, or the way to what is not
+                continue
+            durable.sweep(partial, deep=True)
             if (partial / MANIFEST).exists():
                 self._finish(partial, partial.with_suffix(""))
 
     def _finish(self, partial: Path, final: Path) -> None:
         """From a partial folder whose manifest is on disk to a commit; may be repeated after a crash."""
-        listed = json.loads((partial / MANIFEST).read_text(encoding="utf-8"))["outputs"]
+        listed = _manifest(partial)["outputs"]
         _drop_others(partial, {PurePosixPath(name) for name in (MANIFEST, *(e["file"] for e in listed.values()))})
-        _sync(partial)
+        durable.sync(partial)
         if final.is_dir():
-            _delete(partial)
+            durable.delete(partial)
         else:
             os.rename(partial, final)
             self.digests.moved(partial, final)
-        _sync(self.folder)
+        durable.sync(self.folder)
 
     def _final(self, stage: str, parts: Mapping[str, Json]) -> Path:
         return self.folder / f"{stage}-{digest(parts)}"
@@ -238,45 +251,67 @@ def _shown(text: str, other: str) -> str:
     return text if len(text) <= max(limit, 40) else f"{text[:limit]}..."
 
 
-# -- errors and the disk -------------------------------------------------------------------------------------------
+def record_in(final: Path) -> Record:
+    """The result that was committed as a folder, its outputs' bytes not verified. Raises `CorruptArtifact`."""
+    return _record(final)
 
 
-@contextmanager
-def explained(folder: Path) -> Iterator[None]:
-    """Turn a full disk, spent memory and a folder that cannot be written into errors that say what to do."""
-    try:
-        yield
-    except MemoryError as error:
-        raise OutOfResources("memory ran out: use a smaller batch; the same command goes on from here") from error
-    except OSError as error:
-        where = error.filename or folder
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
-            raise OutOfResources(f"{where}: {what}: free some, then the same command goes on from here") from error
-        if error.errno in _UNWRITABLE:
-            advice = "choose another place with --run-dir or --store, or correct its permissions"
-            raise UsageError(f"{where}: cannot be written ({error.strerror}): {advice}") from error
-        raise
+# -- what a commit holds -------------------------------------------------------------------------------------------
 
 
 def _mend(final: Path) -> str:
     return f"delete the folder {final}, or run its stage with --again"
 
 
-def _verify(hashed: Callable[[Path], str], path: Path, expected: str, final: Path) -> None:
+def _verify(hashed: Callable[[Path], str], path: Path, record: Record, name: str) -> None:
+    mend, expected = _mend(record.folder), record.digests[name]
     try:
         actual = hashed(path)
     except OSError as error:
-        raise CorruptArtifact(f"{path} cannot be read ({error.strerror or error}): {_mend(final)}") from error
+        where = _differing(path, record, name)
+        raise CorruptArtifact(f"{where} cannot be read ({error.strerror or error}): {mend}") from error
     if actual != expected:
         differs = f"sha256 {actual[:12]}, not {expected[:12]}"
-        raise CorruptArtifact(f"{path} is not what was committed ({differs}): {_mend(final)}")
+        raise CorruptArtifact(f"{_differing(path, record, name)} is not what was committed ({differs}): {mend}")
+
+
+def _differing(path: Path, record: Record, name: str) -> Path:
+    """The file of a folder that is another by now, or is gone; the folder itself where nothing says which."""
+    for file, sha256 in sorted(record.files.get(name, {}).items()):
+        if not (path / file).is_file() or file_digest(path / file) != sha256:
+            return path / file
+    return path
+
+
+def _manifest(folder: Path) -> dict[str, Json]:
+    """What a manifest says, every byte of it verified; one of an older release, which is not sealed, as it stands."""
+    path = folder / MANIFEST
+    try:
+        content = regular.read(path)
+        found = durable.read_json(path, content) if durable.is_sealed(content) else json.loads(content)
+        if found.keys() != _FIELDS:
+            raise ValueError("it has other fields")
+        _check_outputs(found["outputs"])
+    except CorruptArtifact as error:
+        raise CorruptArtifact(f"{error}: {_mend(folder)}") from None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptArtifact(f"{path} cannot be read ({error!r}): {_mend(folder)}") from error
+    return dict(found)
+
+
+def _check_outputs(outputs: Mapping[str, Mapping[str, Json]]) -> None:
+    """Raises ValueError where a manifest lists what no commit does, such as a file that lies elsewhere."""
+    for entry in outputs.values():
+        name = PurePosixPath(entry["file"])
+        if name.is_absolute() or ".." in name.parts or not name.parts or "\0" in str(name) or str(name) in _OWN:
+            raise ValueError(f"output {str(name)!r} lies outside its folder")
+        if not isinstance(entry["sha256"], str) or not isinstance(entry["bytes"], int):
+            raise TypeError("an output without sha256 and bytes")
 
 
 def _record(final: Path) -> Record:
-    path = final / MANIFEST
+    manifest = _manifest(final)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
         outputs = manifest["outputs"]
         return Record(
             stage=manifest["stage"],
@@ -289,23 +324,43 @@ def _record(final: Path) -> Record:
             measured=manifest["measured"],
             seconds=manifest["seconds"],
             created=manifest["created"],
+            files={name: entry["files"] for name, entry in outputs.items() if "files" in entry},
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptArtifact(f"{path} cannot be read ({error!r}): {_mend(final)}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptArtifact(f"{final / MANIFEST} cannot be read ({error!r}): {_mend(final)}") from error
 
 
-def _sealed(digests: DigestCache, partial: Path, file: str) -> dict[str, Json]:
-    """Bring an output to the disk, folders with all that is in them, and hash it."""
+def _sealed(digests: DigestCache, partial: Path, outputs: Mapping[str, str]) -> dict[str, dict[str, Json]]:
+    """Bring the outputs to the disk, folders with all that is in them, and hash them meanwhile."""
+    paths = {name: partial / _inside(file) for name, file in outputs.items()}
+    files = {name: [p / i for i in files_below(p)] if p.is_dir() else [p] for name, p in paths.items()}
+    flat = list(dict.fromkeys(one for each in files.values() for one in each))
+    folders = {parent for one in flat for parent in one.parents if partial in parent.parents}
+
+    def bring_to_disk() -> None:
+        for one in (*flat, *sorted(folders, reverse=True)):
+            durable.sync(one)
+
+    with ThreadPoolExecutor(1) as disk:
+        synced = disk.submit(bring_to_disk)
+        single: dict[Path, str] = {}
+        sha256 = dict(zip(outputs, digests.hash_all(list(paths.values()), single), strict=True))
+        synced.result()
+    entries: dict[str, dict[str, Json]] = {}
+    for name, path in paths.items():
+        size = sum(one.stat().st_size for one in files[name])
+        entries[name] = {"file": path.relative_to(partial).as_posix(), "sha256": sha256[name], "bytes": size}
+        if path.is_dir():
+            entries[name]["files"] = {one.relative_to(path).as_posix(): single[one] for one in files[name]}
+    return entries
+
+
+def _inside(file: str) -> PurePosixPath:
     name = PurePosixPath(file)
     inside = not name.is_absolute() and ".." not in name.parts and name.parts
     assert inside, f"output {file!r} lies outside its folder"
     assert file not in _OWN, f"output name {file!r} is taken by the store"
-    path = partial / name
-    files = [path / inner for inner in files_below(path)] if path.is_dir() else [path]
-    folders = {parent for one in files for parent in one.parents if partial in parent.parents}
-    for one in (*files, *sorted(folders, reverse=True)):
-        _sync(one)
-    return {"file": str(name), "sha256": digests.hash(path), "bytes": sum(one.stat().st_size for one in files)}
+    return name
 
 
 def _drop_others(folder: Path, keep: set[PurePosixPath], prefix: str = "") -> None:
@@ -323,70 +378,10 @@ def _drop_others(folder: Path, keep: set[PurePosixPath], prefix: str = "") -> No
             inside.unlink()
 
 
-def _delete(folder: Path) -> None:
-    """Delete a folder so that a crash never leaves a part of it under its name."""
-    doomed = folder.with_name(f"{folder.name}.discarded")
-    if doomed.exists():
-        shutil.rmtree(doomed)
-    os.rename(folder, doomed)
-    _sync(folder.parent)
-    shutil.rmtree(doomed)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Json) -> None:
-    """Replace a JSON file so that a crash leaves the old one or the new one, never a part."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    fresh = path.with_name(f"{path.name}.new")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
-    _sync(path.parent)
-
-
 def _read_json(path: Path) -> Json:
-    """A JSON file's value; None where it is missing or broken: a lost note costs a reason, not a result."""
+    """A note's value; None where it is missing or damaged: that costs a reason, not a result."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = regular.read(path)
+        return durable.read_json(path, content) if durable.is_sealed(content) else json.loads(content)
+    except (OSError, CorruptArtifact, ValueError, RecursionError):  # one of release 0.1.0 is not sealed
         return None
-
-
-# -- the lock ------------------------------------------------------------------------------------------------------
-
-_held: set[int] = set()
-"""Descriptors of the locks this process holds."""
-
-
-def _close_in_child() -> None:
-    for descriptor in _held:
-        with suppress(OSError):
-            os.close(descriptor)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
-
-
-def _acquire(descriptor: int, folder: Path) -> None:
-    me = f"process {os.getpid()} on {socket.gethostname()}"
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-        advice = "wait for it to end, stop it, or choose another --run-dir"
-        raise Locked(f"{folder} is in use by {holder}: {advice}") from error
-    except OSError as error:
-        why = f"its file system has no locks ({error.strerror})"
-        raise UsageError(f"{folder}: {why}: choose another place with --run-dir or --store") from error
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{me}\n".encode(), 0)

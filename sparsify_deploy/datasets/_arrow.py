@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,16 @@ def check_pyarrow(purpose: str) -> None:
         import pyarrow  # type: ignore[import-untyped]  # noqa: F401
     except ImportError as exc:
         raise MissingExtra("pyarrow", "train", purpose) from exc
+
+
+def check_rows(rows: int, bytes_a_row: int, where: str) -> None:
+    """Raises DataError where so many rows cannot be held in memory: a few bytes of Parquet may claim any number."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if rows < 0 or rows * bytes_a_row > memory:
+        raise DataError(
+            f"{where}: {rows:,} rows of {bytes_a_row:,} bytes or more do not fit into the {memory / 2**30:.0f} GiB of "
+            "memory here: take fewer, or a smaller size"
+        )
 
 
 def contents(column: Any, name: str, where: Callable[[int], str], *, outside: bool = False) -> list[bytes | Path]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparsify_deploy.datasets._arrow import check_rows
 from sparsify_deploy.datasets._memory import Affine, MemoryDataSet, check_splits, data_set, numbers, unlabelled
 from sparsify_deploy.datasets._splits import check_asked, hold_out
 from sparsify_deploy.errors import DataError
@@ -132,6 +133,7 @@ def _decoded(
                         raise DataError(f"{image}; remove it, or set data.params.unreadable: skip")
                     continue
                 if pixels is None:
+                    check_rows(split.count, image.nbytes, f"{where}: the {name} split")
                     pixels = np.empty((split.count, *image.shape), dtype=np.uint8)
                 if image.shape != pixels.shape[1:]:
                     raise DataError(

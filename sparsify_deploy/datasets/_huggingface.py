@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -64,10 +65,13 @@ def local(library: Any, there: Mapping[str, Path], params: Params) -> Tables:
     path = params.path
     assert path is not None
     if path.is_dir() and ("dataset_dict.json" in there or "state.json" in there):
+        _check_saved(path, there)
         try:
             found = library.load_from_disk(str(path))
         except Exception as error:  # damaged files end in exceptions of many kinds
             raise DataError(f"{path}: cannot be read as save_to_disk leaves it, damaged ({short(error)})") from error
+        for table in found.values() if isinstance(found, Mapping) else (found,):
+            _check_sound(table.data.table, path)
         return dict(found) if isinstance(found, Mapping) else {params.train: found}
     loose = {below: file for below, file in there.items() if file.suffix in _ARROW}
     if not loose:
@@ -87,23 +91,54 @@ def local(library: Any, there: Mapping[str, Path], params: Params) -> Tables:
     return {name: _table(library, paths) for name, paths in splits.items() if name}
 
 
-def _table(library: Any, paths: Sequence[Path]) -> Any:
+def _check_saved(path: Path, there: Mapping[str, Path]) -> None:
+    """Raises DataError where what save_to_disk leaves names files that lie elsewhere, which it never does."""
+    try:
+        splits = json.loads(there["dataset_dict.json"].read_bytes())["splits"] if "dataset_dict.json" in there else [""]
+        named = [*splits]
+        for split in splits:
+            if not isinstance(split, str):
+                raise TypeError(f"a split is {type(split).__name__}")
+            state = there.get(f"{split}/state.json" if split else "state.json")
+            listed = json.loads(state.read_bytes())["_data_files"] if state is not None else []
+            named += [each["filename"] for each in listed]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as save_to_disk leaves it, damaged ({short(error)})") from error
+    for name in named:
+        if not isinstance(name, str) or Path(name).name != name or name == ".." or ":" in name:
+            raise DataError(f"{path}: names {str(name)[:200]!r}, which is no file of it: save it again")
+
+
+def _check_sound(table: Any, where: Path) -> None:
+    """Raises DataError where a value is not: Arrow takes offsets as they come, and reads beyond the file."""
     import pyarrow as pa  # type: ignore[import-untyped]
+
+    try:
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{where}: damaged ({short(error)})") from error
+
+
+def _table(library: Any, paths: Sequence[Path]) -> Any:
+    import pyarrow as pa
     from pyarrow import ipc, parquet
 
     tables = []
     for path in paths:
         try:
             if path.suffix == ".parquet":
-                tables.append(parquet.read_table(path))
+                with parquet.ParquetFile(path) as file:
+                    _arrow.check_rows(file.metadata.num_rows, 1, str(path))
+                    tables.append(file.read())
             else:
                 tables.append(ipc.open_stream(pa.memory_map(str(path))).read_all())
-        except (pa.ArrowException, OSError) as error:
+            _check_sound(tables[-1], path)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             kind = _ARROW[path.suffix]
             raise DataError(f"{path}: not a readable {kind} file, damaged or cut short ({short(error)})") from error
     try:
         return library.Dataset(pa.concat_tables(tables), fingerprint="local")
-    except (pa.ArrowException, ValueError) as error:
+    except Exception as error:  # features in the metadata of a file may be anything
         raise DataError(f"{paths[0].parent}: its files do not fit each other ({short(error)})") from error
 
 

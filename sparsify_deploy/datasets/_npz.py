@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from sparsify_deploy.datasets._memory import UNIT, Affine, floats, numbers, scaling
 from sparsify_deploy.errors import DataError
 from sparsify_deploy.menu import did_you_mean
+from sparsify_deploy.preprocessing.arrays import Archive, PythonObjects, UnreadableArray, is_archive
+from sparsify_deploy.preprocessing.arrays import array as bare_array
 from sparsify_deploy.preprocessing.spec import ArrayInput, ArraySpec
 
 if TYPE_CHECKING:
@@ -25,34 +26,45 @@ def read(path: Path, names: Sequence[str], optional: Container[str] = ()) -> dic
     """The arrays of an archive by name, without those of `optional` that it lacks. Raises DataError."""
     if not path.is_file():
         raise DataError(f"{path}: {'is a folder, expected a .npz file' if path.is_dir() else 'no such file'}")
-    damaged = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)
-    with path.open("rb") as file:
+    arrays = {}
+    with _opened(path) as file:
         try:
-            archive = np.load(file, allow_pickle=False)
-        except damaged as exc:
-            raise DataError(f"{path}: not a readable .npz archive, damaged or cut short ({_short(exc)})") from exc
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise DataError(f"{path}: one bare array, expected a .npz archive (numpy.savez) with inputs and targets")
-        arrays = {}
+            archive = Archive(file)
+        except UnreadableArray as exc:
+            raise DataError(f"{path}: not a readable .npz archive, damaged or cut short ({exc})") from exc
         for name in names:
-            if name not in archive.files and name in optional:
+            if name not in archive.names and name in optional:
                 continue
-            if name not in archive.files:
-                raise DataError(f"{path}: no array is called {name!r}{did_you_mean(name, archive.files)}")
+            if name not in archive.names:
+                raise DataError(f"{path}: no array is called {name!r}{did_you_mean(name, archive.names)}")
             try:
-                array = archive[name]
-            except damaged as exc:
-                if "allow_pickle" in str(exc):
-                    raise DataError(f"{path}: {name} holds Python objects, expected numbers; save it as such") from exc
-                raise DataError(f"{path}: {name} cannot be read, damaged or cut short ({_short(exc)})") from exc
-            if not isinstance(array, np.ndarray) or array.ndim == 0:
+                array = archive.read(name)
+            except PythonObjects as exc:
+                raise DataError(f"{path}: {name} holds Python objects, expected numbers; save it as such") from exc
+            except UnreadableArray as exc:
+                raise DataError(f"{path}: {name} cannot be read, damaged or cut short ({exc})") from exc
+            if array.ndim == 0:
                 raise DataError(f"{path}: {name} is no array of examples")
             arrays[name] = array
     return arrays
 
 
-def _short(exc: Exception) -> str:
-    return " ".join(f"{type(exc).__name__}: {exc}".split())[:160]
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The file, unless it holds one bare array. Raises DataError."""
+    try:
+        file = path.open("rb")
+    except OSError as exc:
+        raise DataError(f"{path}: cannot be read ({exc.strerror})") from exc
+    with file:
+        if not is_archive(file):
+            with suppress(UnreadableArray):
+                bare_array(file)
+                raise DataError(
+                    f"{path}: one bare array, expected a .npz archive (numpy.savez) with inputs and targets"
+                )
+            file.seek(0)
+        yield file
 
 
 def layout_of(inputs: NDArray[Any], asked: str, where: str) -> str:

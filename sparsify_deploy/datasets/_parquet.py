@@ -18,6 +18,8 @@ from sparsify_deploy.menu import did_you_mean
 from sparsify_deploy.preprocessing.images import check_pillow, short
 
 _ROWS = 512
+_LEAST_BYTES = 16
+"""What a row takes in memory, be its image ever so small."""
 _PURPOSE = "the parquet data set"
 
 
@@ -27,6 +29,7 @@ def stored(paths: Sequence[Path], *, image: str, label: str | None) -> Encoded:
     for path in paths:
         with _open(path, (image,) if label is None else (image, label)) as file:
             counts.append(int(file.metadata.num_rows))
+            _arrow.check_rows(counts[-1], _LEAST_BYTES, str(path))
             if label is not None:
                 labels += [
                     targets(
@@ -70,9 +73,9 @@ def _open(path: Path, columns: Sequence[str]) -> Any:
 
     try:
         file = parquet.ParquetFile(path)
-    except (pa.ArrowException, OSError) as exc:
+        known = file.schema_arrow.names
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:
         raise DataError(f"{path}: not a readable Parquet file, damaged or cut short ({short(exc)})") from exc
-    known = file.schema_arrow.names
     for column in columns:
         if column not in known:
             file.close()
@@ -88,6 +91,7 @@ def _columns(path: Path, file: Any, name: str) -> Iterator[tuple[int, Any]]:
     try:
         for batch in file.iter_batches(batch_size=_ROWS, columns=[name]):
             if batch.num_rows:
+                batch.validate(full=True)
                 yield row, batch.column(name)
             row += batch.num_rows
     except (pa.ArrowException, OSError) as exc:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsify_deploy.datasets._arrow import check_rows
 from sparsify_deploy.errors import DataError, MissingExtra
 from sparsify_deploy.menu import did_you_mean
 from sparsify_deploy.preprocessing.images import short
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from sparsify_deploy.datasets.text import Params
 
 _NAMED = 5
+_LEAST_BYTES = 128
+"""What a row takes in memory, be its texts ever so short."""
 
 
 @dataclass
@@ -104,11 +107,17 @@ class _Column:
 
 
 def _parquet(path: Path, names: Sequence[str]) -> Mapping[str, _Column]:
-    table = _opened(path)
-    for name in names:
-        if name not in table.column_names:
-            raise _no_column(path, name, table.column_names)
-    return {name: _Column(table.column(name).to_pylist(), "row", 0) for name in names}
+    with _opened(path) as file:
+        known = file.schema_arrow.names
+        for name in names:
+            if name not in known:
+                raise _no_column(path, name, known)
+        check_rows(file.metadata.num_rows, _LEAST_BYTES, str(path))
+        table = _read(file, path, names)
+    try:
+        return {name: _Column(table.column(name).to_pylist(), "row", 0) for name in names}
+    except UnicodeDecodeError as exc:
+        raise DataError(f"{path}: a text in it is not UTF-8: save the file again") from exc
 
 
 def class_names(path: Path, label: str) -> tuple[str, ...] | None:
@@ -116,7 +125,8 @@ def class_names(path: Path, label: str) -> tuple[str, ...] | None:
     if path.suffix != ".parquet":
         return None
     try:
-        metadata = json.loads((_opened(path).schema.metadata or {})[b"huggingface"])
+        with _opened(path) as file:
+            metadata = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])
         names = metadata["info"]["features"][label]["names"]
     except (KeyError, TypeError, ValueError):  # a file that the `datasets` library never wrote
         return None
@@ -130,9 +140,27 @@ def _opened(path: Path) -> Any:
     except ImportError as exc:
         raise MissingExtra("pyarrow", "train", "the text data set") from exc
     try:
-        return parquet.read_table(path)
+        file = parquet.ParquetFile(path)
+        _ = file.schema_arrow.names
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:
+        raise _damaged(path, exc) from exc
+    return file
+
+
+def _read(file: Any, path: Path, names: Sequence[str]) -> Any:
+    """Some columns, each value of them sound."""
+    import pyarrow as pa
+
+    try:
+        table = file.read(columns=list(names))
+        table.validate(full=True)
     except (pa.ArrowException, OSError) as exc:
-        raise DataError(f"{path}: not a readable Parquet file, damaged or cut short ({short(exc)})") from exc
+        raise _damaged(path, exc) from exc
+    return table
+
+
+def _damaged(path: Path, exc: Exception) -> DataError:
+    return DataError(f"{path}: not a readable Parquet file, damaged or cut short ({short(exc)})")
 
 
 def _csv(path: Path, names: Sequence[str]) -> Mapping[str, _Column]:

@@ -100,6 +100,9 @@ def class_folders(folder: Path) -> list[Path]:
             f"{folder}: has no folders; expected one a class, with its images inside (images without classes: "
             "data.params.labels false, for calibration)"
         )
+    for each in found:
+        if not each.name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in each.name):
+            raise DataError(f"{each}: the name of a class is not UTF-8: rename the folder")
     return found
 
 

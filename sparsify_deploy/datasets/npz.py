@@ -28,12 +28,12 @@ class Params(MaybeUnlabelled):
     """The archive, the names of its arrays, and how to read them."""
 
     path: InputPath = Field(description="a .npz file")
-    train_inputs: str = "x_train"
-    train_targets: str = "y_train"
-    test_inputs: str = "x_test"
-    test_targets: str = "y_test"
+    train_inputs: str = Field("x_train", description="name of an array")
+    train_targets: str = Field("y_train", description="name of an array")
+    test_inputs: str = Field("x_test", description="name of an array")
+    test_targets: str = Field("y_test", description="name of an array")
     validation_inputs: str | None = Field(None, description="none: there is no validation split")
-    validation_targets: str | None = None
+    validation_targets: str | None = Field(None, description="its targets")
     layout: Literal["auto", "NHWC", "NCHW", "NHW", "none"] = Field(
         "auto", description="axes of the inputs; auto: 3 axes NHW, 4 by where 1, 3 or 4 channels are, else none"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,8 +19,8 @@ class Parity:
     """The worst over all outputs.
 
     `max_relative` is the largest difference over the largest magnitude of the reference, output by output.
-    `top1_agreement` is the share of equal arg-max answers over the last axis, None where no output has one of
-    two or more; `examples` is the length of axis 0.
+    `top1_agreement` is the share of equal arg-max answers over the last axis, None where no output that answers so has
+    one of two or more; `examples` is the length of axis 0.
     """
 
     max_absolute: float
@@ -29,8 +29,8 @@ class Parity:
     examples: int
 
 
-def compare(reference: Arrays, other: Arrays) -> Parity:
-    """Compare outputs by name, computed in float64.
+def compare(reference: Arrays, other: Arrays, answers: Collection[str] | None = None) -> Parity:
+    """Compare outputs by name, computed in float64. `answers`: those whose largest value is an answer; None: all.
 
     Raises:
         ModelError: names or shapes differ, there is nothing to compare, or a value is not finite.
@@ -53,7 +53,7 @@ def compare(reference: Arrays, other: Arrays) -> Parity:
         largest = float(np.abs(a).max())
         absolute = max(absolute, difference)
         relative = max(relative, difference / largest if largest else (np.inf if difference else 0.0))
-        if a.ndim >= 2 and a.shape[-1] >= 2:
+        if a.ndim >= 2 and a.shape[-1] >= 2 and (answers is None or name in answers):
             equal.append(float((a.argmax(-1) == b.argmax(-1)).mean()))
         sizes.add(a.shape[0] if a.ndim else 1)
     if not sizes:

@@ -14,7 +14,7 @@ from sparsify_deploy.graph.constants import Graph, attribute, label
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_STOPS_AT_ZERO = ("Relu", "Clip", "Sigmoid", "Softmax")
+_STOPS_AT_ZERO = ("Relu", "Sigmoid", "Softmax")
 _LEAST = {"uint8": 0, "int8": -128, "uint16": 0, "int16": -32768}
 BY_OPERATORS = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantize", "MatMulNBits")
 """Starts of operator names that compute on integers without Q/DQ around them."""
@@ -104,7 +104,16 @@ def _cuts(graph: Graph, node: onnx.NodeProto) -> bool:
     if kind not in _LEAST or least > _LEAST[kind] or graph.weight(node.input[0]) is not None:
         return False
     before = graph.producer.get(node.input[0])
-    return before is not None and before.op_type not in _STOPS_AT_ZERO
+    return before is not None and before.op_type not in _STOPS_AT_ZERO and not _clips_at_zero(graph, before)
+
+
+def _clips_at_zero(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether a node is a Clip that lets nothing negative through; its least is an input, before opset 11 a field."""
+    if node.op_type != "Clip":
+        return False
+    least = graph.weight(node.input[1]) if len(node.input) > 1 and node.input[1] else None
+    lowest = least.values.min() if least is not None else attribute(node, "min", -np.inf)
+    return float(lowest) >= 0.0
 
 
 def _followed(renamed: dict[str, str], name: str) -> str:

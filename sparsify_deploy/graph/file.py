@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -15,33 +15,38 @@ from onnx.external_data_helper import load_external_data_for_model, uses_externa
 from sparsify_deploy.errors import ModelError
 from sparsify_deploy.types import IOTensor
 
-_WHOLE_BYTES = {
-    **dict.fromkeys((TensorProto.INT8, TensorProto.UINT8, TensorProto.BOOL), 1),
-    **dict.fromkeys((TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT16, TensorProto.UINT16), 2),
-    **dict.fromkeys((TensorProto.FLOAT, TensorProto.INT32, TensorProto.UINT32), 4),
-    **dict.fromkeys((TensorProto.DOUBLE, TensorProto.INT64, TensorProto.UINT64), 8),
+_BITS = {
+    number: bits
+    for kind, bits in (
+        *((f"{sign}INT{size}", size) for sign in ("", "U") for size in (2, 4, 8, 16, 32, 64)),
+        *(("BOOL", 8), ("FLOAT16", 16), ("BFLOAT16", 16), ("FLOAT", 32), ("DOUBLE", 64)),
+        *(("COMPLEX64", 64), ("COMPLEX128", 128), ("FLOAT4E2M1", 4), ("FLOAT8E8M0", 8)),
+        *((f"FLOAT8{form}", 8) for form in ("E4M3FN", "E4M3FNUZ", "E5M2", "E5M2FNUZ")),
+    )
+    if (number := dict(TensorProto.DataType.items()).get(kind)) is not None
 }
-"""Element types to their bytes, for a check that no data were cut off."""
+"""Element types that this onnx package knows to their bits, for a check that no data were cut off."""
 
 
-def load(path: Path) -> onnx.ModelProto:
+_KNOWN = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
+_TIMES = 4
+"""How often tensors may share the bytes of an external file: without a bound, a small file fills the memory."""
+
+_LARGEST = 2**31 - 1
+"""Bytes of one protobuf message."""
+
+
+def load(path: Path, *, checked: bool = False) -> onnx.ModelProto:
     """The model in `path`, with its external data, which must lie in the file's own folder.
+
+    `checked` says that these very bytes have passed onnx's checker before.
 
     Raises:
         ModelError: the file is missing, empty, cut off, no ONNX, without nodes, for an opset newer than this onnx
             package knows, points outside its folder, holds an initializer
             without the bytes its shape needs, or does not pass onnx's checker.
     """
-    if not path.exists():
-        raise ModelError(f"{path}: no such file")
-    if not path.is_file():
-        raise ModelError(f"{path}: not a file; give the .onnx file itself")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    if not content:
-        raise ModelError(f"{path}: is empty; export the model again")
+    content = _content(path)
     model = onnx.ModelProto()
     try:
         model.ParseFromString(content)
@@ -61,10 +66,28 @@ def load(path: Path) -> onnx.ModelProto:
         raise ModelError(f"{path}: names no ONNX opset; export the model again")
     if not model.graph.output:
         raise ModelError(f"{path}: its graph has no outputs; export the model again")
-    if not _load_external(model, path):  # onnx's checker looks for external data in the working directory
+    if (
+        not _load_external(model, path) and not checked
+    ):  # onnx's checker looks for external data in the working directory
         _check(model, path, inference=False)
     _check_sizes(model, path)
     return model
+
+
+def _content(path: Path) -> bytes:
+    if not path.exists():
+        raise ModelError(f"{path}: no such file")
+    if not path.is_file():
+        raise ModelError(f"{path}: not a file; give the .onnx file itself")
+    if (size := path.stat().st_size) > _LARGEST:
+        raise ModelError(f"{path}: {size:,} bytes, more than ONNX files can have; keep weights as external data")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    if not content:
+        raise ModelError(f"{path}: is empty; export the model again")
+    return content
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
@@ -123,23 +146,40 @@ def _tensor(value: onnx.ValueInfoProto) -> IOTensor:
     if not kind.elem_type:
         raise ModelError(f"{value.name!r} is no tensor: only tensor inputs and outputs are supported")
     shape = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
-    return IOTensor(value.name, shape, str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)))
+    if min((axis for axis in shape if axis is not None), default=0) < 0:
+        raise ModelError(f"{value.name!r} has an axis of {min(axis for axis in shape if axis is not None)} values")
+    try:
+        dtype = str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+    except KeyError:
+        raise ModelError(
+            f"{value.name!r} holds values of type {kind.elem_type}, which this onnx package does not know"
+        ) from None
+    return IOTensor(value.name, shape, dtype)
 
 
 def _load_external(model: onnx.ModelProto, path: Path) -> bool:
     """Whether there was any."""
     folder = path.resolve().parent
     external = False
-    for tensor in _tensors(model.graph):
+    files: dict[Path, int] = {}
+    wanted = 0
+    for tensor in (*_tensors(model.graph), *(t for made in model.functions for t in _of_nodes(made.node))):
         if not uses_external_data(tensor):
             continue
         external = True
         location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-        target = Path(os.path.realpath(folder / location))
-        if not location or Path(location).is_absolute() or not target.is_relative_to(folder):
+        target = folder if "\0" in location else Path(os.path.realpath(folder / location))
+        if not location or target == folder or Path(location).is_absolute() or not target.is_relative_to(folder):
             raise ModelError(f"{path}: the data of {tensor.name!r} lie outside the file's folder, at {location!r}")
         if not target.is_file():
             raise ModelError(f"{path}: its external data file {location!r} is missing; keep it beside the .onnx file")
+        files[target] = target.stat().st_size
+        length = next((entry.value for entry in tensor.external_data if entry.key == "length"), "")
+        wanted += min(int(length), files[target]) if length.isdecimal() and len(length) < 20 else files[target]
+    if wanted > _TIMES * sum(files.values()):
+        raise ModelError(
+            f"{path}: its tensors claim {wanted:,} bytes of {sum(files.values()):,} bytes of external data"
+        )
     if external:
         try:
             load_external_data_for_model(model, str(folder))
@@ -150,18 +190,40 @@ def _load_external(model: onnx.ModelProto, path: Path) -> bool:
 
 
 def _check_sizes(model: onnx.ModelProto, path: Path) -> None:
-    for tensor in model.graph.initializer:
-        if not tensor.HasField("raw_data") or tensor.data_type not in _WHOLE_BYTES:
-            continue
-        expected = math.prod(tensor.dims) * _WHOLE_BYTES[tensor.data_type]
-        if len(tensor.raw_data) != expected:
-            raise ModelError(f"{path}: {tensor.name!r} holds {len(tensor.raw_data)} bytes, its shape needs {expected}")
+    for tensor in _tensors(model.graph):
+        if min(tensor.dims, default=0) < 0:
+            raise ModelError(f"{path}: {tensor.name!r} has an axis of {min(tensor.dims)} values")
+        if tensor.data_type not in _KNOWN:
+            raise ModelError(f"{path}: {tensor.name!r} is of type {tensor.data_type}, not known to this onnx package")
+        if not tensor.HasField("raw_data"):
+            _check_listed(tensor, path)
+        elif tensor.data_type in _BITS:
+            expected = math.ceil(math.prod(tensor.dims) * _BITS[tensor.data_type] / 8)
+            if len(tensor.raw_data) != expected:
+                raise ModelError(
+                    f"{path}: {tensor.name!r} holds {len(tensor.raw_data)} bytes, its shape needs {expected}"
+                )
+
+
+def _check_listed(tensor: onnx.TensorProto, path: Path) -> None:
+    """Values that are listed one by one, which the checker does not count."""
+    try:
+        onnx.numpy_helper.to_array(tensor)
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{path}: the values of {tensor.name!r} do not fit its shape or type ({reason})") from error
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     """Initializers and constant attributes, subgraphs included."""
     yield from graph.initializer
-    for node in graph.node:
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _of_nodes(graph.node)
+
+
+def _of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 yield attribute.t

@@ -18,9 +18,12 @@ def violations(values: NDArray[Any], n: int, m: int) -> int:
     """
     channels = values.shape[1]
     kept = values.reshape(values.shape[0], channels, -1) != 0
-    padded = np.pad(kept, ((0, 0), (0, -channels % m), (0, 0)))
-    groups = padded.reshape(kept.shape[0], -1, m, kept.shape[2])
-    return int((groups.sum(axis=2) > n).sum())
+    padded = np.pad(kept, ((0, 0), (0, -channels % m), (0, 0))) if channels % m else kept
+    groups = padded.view(np.uint8).reshape(kept.shape[0], -1, m, kept.shape[2])
+    counts = groups[:, :, 0].astype(np.uint16)
+    for i in range(1, m):  # several times faster than a sum over so short an axis
+        counts += groups[:, :, i]
+    return int(np.count_nonzero(counts > n))
 
 
 def blocks(values: NDArray[Any], m: int) -> int:

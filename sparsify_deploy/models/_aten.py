@@ -57,6 +57,32 @@ def translated(graph: fx.Graph, node: fx.Node, known: Remembered, device: Callab
     return graph.call_function(_function(name, node.target), args, kwargs)
 
 
+def dropout_of(node: fx.Node) -> float:
+    """The rate at which fused attention drops weights, as written down in train mode; 0 where it can stay fused."""
+    if name_of(node) != "scaled_dot_product_attention" or node.kwargs.get("enable_gqa", False):
+        return 0.0
+    rate = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
+    return rate if isinstance(rate, float) and not causal else 0.0
+
+
+def attention_weights(graph: fx.Graph, node: fx.Node, known: Remembered) -> tuple[fx.Node, fx.Node]:
+    """The softmax of fused attention in steps, and value: dropout between the two needs a module, for its rate is a
+    number in the graph that would act in eval mode too."""
+    query, key, value = (known[each] for each in node.args[:3])
+    mask = node.args[3] if len(node.args) > 3 else None
+    scale = node.kwargs.get("scale")
+    scores = graph.call_function(torch.matmul, (query, graph.call_method("transpose", (key, -2, -1))))
+    width = int(_value(node.args[0]).shape[-1])
+    scores = graph.call_function(operator.mul, (scores, width**-0.5 if scale is None else scale))
+    if mask is not None and _value(mask).dtype == torch.bool:
+        hidden = graph.call_method("logical_not", (known[mask],))
+        scores = graph.call_method("masked_fill", (scores, hidden, -torch.inf))
+    elif mask is not None:
+        scores = graph.call_function(operator.add, (scores, known[mask]))
+    return graph.call_function(torch.softmax, (scores, -1)), value
+
+
 def _function(name: str, overload: Any) -> Any:
     """The public function of an operator, of the same arguments in the same order, or the operator itself."""
     if name.startswith("__"):

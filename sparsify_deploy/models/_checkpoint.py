@@ -84,15 +84,21 @@ def load_checkpoint(
 
     All of them, unless `partial`: then what the file lacks or has in another shape stays as it is. By names, a prefix
     in front of them all is taken off, as is torch.compile's `_orig_mod.` anywhere, and attention that a run took apart
-    is packed; a missing `num_batches_tracked` and the second name of a shared tensor may be absent. By order, the k-th
-    tensor of the file is the k-th of the network, whatever its name, but a weight is no bias, and `partial` leaves out
-    no more than the last module. `trusted` files may run code: see `read`. `advise` adds to an error which setting of
-    the recipe would load the file.
+    is packed; a missing `num_batches_tracked` and the second name of a shared tensor may be absent. By order, which
+    torch's own files alone have, the k-th tensor of the file is the k-th of the network, whatever its name, but a
+    weight is no bias, and `partial` leaves out no more than the last module. `trusted` files may run code: see `read`.
+    `advise` adds to an error which setting of the recipe would load the file.
 
     Raises `ModelError`.
     """
     own, found = model.state_dict(), read(path, trusted=trusted)
     dropped: tuple[str, ...] = ()
+    ordered = path.suffix != ".safetensors"
+    if match == "order" and not ordered:
+        raise ModelError(
+            f"{path}: a .safetensors file holds its tensors sorted by name, not in the order of the network that made "
+            "them: load it by names, or save its state_dict as a .pt"
+        )
     if match == "order":
         given = _in_order(found.tensors, own, path, new_head=partial)
     else:
@@ -100,7 +106,7 @@ def load_checkpoint(
         given = packed(given, own)
     misfit = _compared(given, own)
     if misfit and not partial:
-        advice = _advice(found.tensors, own, misfit) if advise else ""
+        advice = _advice(found.tensors, own, misfit, ordered=ordered) if advise else ""
         raise ModelError(f"{path}: does not fit the model: {misfit.text}{advice}")
     fitting = {name: value for name, value in given.items() if name in own and name not in misfit.misshaped}
     if not any(_real(value) for value in fitting.values()):
@@ -223,11 +229,11 @@ def _compared(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> _Misfit
     )
 
 
-def _advice(given: Mapping[str, Tensor], own: Mapping[str, Tensor], misfit: _Misfit) -> str:
+def _advice(given: Mapping[str, Tensor], own: Mapping[str, Tensor], misfit: _Misfit, *, ordered: bool) -> str:
     """`; what would load it`, where something would."""
     pairs = list(zip(_ordered(given), _ordered(own), strict=False))
     unlike = {b.rpartition(".")[0] for a, b in pairs if given[a].shape != own[b].shape}
-    if misfit.missing and pairs and len(_ordered(given)) == len(_ordered(own)):
+    if ordered and misfit.missing and pairs and len(_ordered(given)) == len(_ordered(own)):
         if not unlike:
             return "; its shapes are the model's in order: model.checkpoint_match: order loads it so"
         if unlike == {pairs[-1][1].rpartition(".")[0]} and 2 * len(misfit.missing) >= len(own):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparsify_deploy import usercode
+from sparsify_deploy import unpickling, usercode
+from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import ModelError
 from sparsify_deploy.models._pickled import SUFFIXES
 
 _WRAPPERS = ("state_dict_ema", "state_dict", "model_state_dict", "model")
 """Keys under which training programs keep a state dict; timm's averaged weights go before its last ones."""
+
+_DEEPEST = 4
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def _read_safetensors(path: Path) -> object:
 
 def _read_torch(path: Path, trusted: bool) -> tuple[object, Path, bool]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True), path, False
+        with path.open("rb") as file:
+            return unpickling.tensors_only(file), path, False
     except Exception as exc:
         text = str(exc)
         advice = "resave the weights with safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
@@ -67,13 +71,15 @@ def _read_torch(path: Path, trusted: bool) -> tuple[object, Path, bool]:
         if not refused:
             raise ModelError(f"{path}: not a readable torch checkpoint, damaged or cut short ({_short(exc)})") from exc
         if not trusted:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest = file_digest(path)
             raise ModelError(
                 f"{path}: holds Python objects besides tensors, and reading those could run code: {advice}, or, if you "
                 f"trust the file (sha256 {digest}), add --trust-code"
             ) from exc
+    content = path.read_bytes()  # once: what is unpickled are the bytes that were looked at
+    usercode.check_approved(path, content, ModelError)
     with usercode.running(path, ModelError):  # its classes may lie beside it
-        return torch.load(path, map_location="cpu", weights_only=False), path, True
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=False), path, True
 
 
 def _short(exc: Exception) -> str:
@@ -85,7 +91,7 @@ def _short(exc: Exception) -> str:
 
 def _unwrapped(found: object, path: Path, unpickled: bool) -> StateDict:
     under: list[str] = []
-    while isinstance(found, Mapping):
+    while isinstance(found, Mapping) and len(under) < _DEEPEST:  # a mapping may hold itself
         key = next((key for key in _WRAPPERS if isinstance(found.get(key), (Mapping, nn.Module))), None)
         if key is None:
             break
@@ -98,8 +104,12 @@ def _unwrapped(found: object, path: Path, unpickled: bool) -> StateDict:
         raise ModelError(f"{path}: holds {kind}, expected a mapping of names to tensors (a state_dict)")
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
+            called = repr(name[:200]) if isinstance(name, str) else f"a key of type {type(name).__name__}"
             raise ModelError(
-                f"{path}: {name!r} is {type(value).__name__}, expected names and tensors only, or such a mapping under "
+                f"{path}: {called} is {type(value).__name__}, expected names and tensors only, or such a mapping under "
                 + " or ".join(_WRAPPERS)
             )
+        if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
+            kind = "quantised" if value.is_quantized else f"{value.layout} on {value.device}"
+            raise ModelError(f"{path}: {name!r} is {kind}, expected plain tensors: save it from a network in float")
     return StateDict(dict(found), tuple(under), unpickled)

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
 from sparsify_deploy.errors import ModelError
-from sparsify_deploy.models._aten import name_of, translated
+from sparsify_deploy.models._aten import attention_weights, dropout_of, name_of, translated
 from sparsify_deploy.sparsity.tracing import EXPORTED, is_layer, trace
 
 Call = Callable[[nn.Module, Mapping[str, Tensor]], Any]
@@ -251,15 +251,22 @@ class _Reader:
     def _function(self, node: fx.Node) -> Any:
         source = node.args[0] if node.args else None
         if name_of(node) == "dropout" and isinstance(source, fx.Node):
-            rate = float(node.args[1])  # type: ignore[arg-type]
-            if rate == 0.0:
-                return self._source(source)
-            name = self._fresh("dropout")
-            self.dropouts[name] = rate
-            return self.graph.call_module(name, (self._source(source),))
+            return self._dropped(self._source(source), float(node.args[1]))  # type: ignore[arg-type]
         for each in node.all_input_nodes:
             self._source(each)
+        rate = dropout_of(node)
+        if rate > 0.0:
+            weights, value = attention_weights(self.graph, node, self.known)
+            return self.graph.call_function(torch.matmul, (self._dropped(weights, rate), value))
         return translated(self.graph, node, self.known, self._device_of_inputs)
+
+    def _dropped(self, source: fx.Node, rate: float) -> fx.Node:
+        """`source` through a dropout module of its own, which does nothing in eval mode."""
+        if rate == 0.0:
+            return source
+        name = self._fresh("dropout")
+        self.dropouts[name] = rate
+        return self.graph.call_module(name, (source,))
 
     def _device_of_inputs(self) -> fx.Node:
         if self._device is None:

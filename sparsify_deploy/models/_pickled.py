@@ -7,13 +7,25 @@ from __future__ import annotations
 
 import io
 import pickletools
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from sparsify_deploy.unpickling import is_archive, objection
+
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 """Of torch's checkpoints, which are pickles; a .safetensors holds no objects."""
+
+_MOST = 100
+"""Names of objects that are looked for in a file."""
+
+_DAMAGED = (
+    *(ValueError, EOFError, IndexError, KeyError, OSError, OverflowError, MemoryError, RuntimeError),
+    *(NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile),
+)
 
 _TENSORS = {
     *("torch", "torch._utils", "torch._tensor", "torch.storage", "torch.nn.parameter", "torch.serialization"),
@@ -34,21 +46,23 @@ def objects_in(path: Path) -> tuple[str, ...]:
                 for name in _named(pickled):
                     if name not in _TENSORS and name.partition(" ")[0] not in _TENSORS:
                         found[name.replace(" ", ".")] = None
-    except (ValueError, EOFError, IndexError, KeyError, OSError, zipfile.BadZipFile):
-        pass  # damaged: said with the reason where it is read
+                    if len(found) >= _MOST:
+                        return tuple(found)
+    except _DAMAGED:
+        pass  # said with the reason where it is read
     return tuple(found)
 
 
 def _pickles(file: IO[bytes]) -> Iterator[IO[bytes]]:
     """The pickle in a zip of today's torch, or the first four of the older format: a number, a version, a note on the
-    machine, the objects."""
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            for name in archive.namelist():
-                if name.endswith("data.pkl"):
-                    yield io.BytesIO(archive.read(name))
+    machine, the objects. None in a zip that would grow when it is unpacked."""
+    if is_archive(file):
+        if objection(file) is None:
+            with zipfile.ZipFile(file) as archive:
+                for name in archive.namelist():
+                    if name.endswith("data.pkl"):
+                        yield io.BytesIO(archive.read(name))
         return
-    file.seek(0)
     for _ in range(4):
         yield file
 

@@ -30,11 +30,13 @@ _SMALLEST_IMAGE = {"lenet-300-100": 1, "lenet-5": 16}  # 16: two 5x5 convolution
 class Params(Base):
     """Which network, and its sizes; what is left out is as published."""
 
-    name: Literal["lenet-300-100", "lenet-5", "resnet8", "resnet20", "resnet32", "resnet56"]
+    name: Literal["lenet-300-100", "lenet-5", "resnet8", "resnet20", "resnet32", "resnet56"] = Field(
+        description="the network"
+    )
     width: int | None = Field(None, ge=1, le=1024, description="ResNets: channels of the first stage; none: 16")
     in_channels: int | None = Field(None, ge=1, le=4096, description="none: 1 for LeNets, 3 for ResNets")
     image_size: int | None = Field(None, ge=1, le=4096, description="LeNets: height and width, pixels; none: 28")
-    classes: int = Field(10, ge=1, le=1_000_000)
+    classes: int = Field(10, ge=1, le=1_000_000, description="number of outputs")
 
     @model_validator(mode="after")
     def _fits(self) -> Params:

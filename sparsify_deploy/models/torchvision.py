@@ -28,7 +28,7 @@ class Params(Base):
     """What torchvision.models.get_model takes."""
 
     name: str = Field(min_length=1, description="such as resnet50 or mobilenet_v2")
-    classes: int = Field(_IMAGENET, ge=1, le=1_000_000)
+    classes: int = Field(_IMAGENET, ge=1, le=1_000_000, description="number of outputs")
     pretrained: bool = Field(False, description="download its default weights, which have 1000 classes")
     arguments: dict[str, str | int | float | bool | None] = Field({}, description="further arguments of the network")
 

@@ -29,7 +29,9 @@ class Params(Base):
 
     path: InputPath | None = Field(None, description="a folder with config.json and model.safetensors")
     name: str | None = Field(None, min_length=1, description="a name on the hub, such as distilbert-base-uncased")
-    task: Literal["sequence_classification", "image_classification"] = "sequence_classification"
+    task: Literal["sequence_classification", "image_classification"] = Field(
+        "sequence_classification", description="which of the AutoModelFor... classes"
+    )
     classes: int | None = Field(None, ge=1, le=1_000_000, description="none: as many as its config.json has")
     pretrained: bool = Field(True, description="its weights, with a new classifier where classes differ")
     inputs: tuple[Literal["input_ids", "attention_mask", "token_type_ids"], ...] = Field(
@@ -90,6 +92,11 @@ def _check_folder(params: Params) -> None:
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"model.params.path: {folder} holds no config.json: name a folder that transformers' save_pretrained wrote"
+        )
+    if (folder / "adapter_config.json").exists():  # transformers would follow it to a network elsewhere
+        raise ModelError(
+            f"model.params.path: {folder} holds an adapter, whose network lies elsewhere: merge the two "
+            "(merge_and_unload) and save that"
         )
     if params.pretrained and not _weights(folder):
         raise ModelError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from sparsify_deploy import regular
 from sparsify_deploy.errors import DataError, UsageError
 from sparsify_deploy.menu import did_you_mean
 
@@ -45,7 +46,7 @@ def load(path: Path) -> dict[str, Gpu]:
 
     try:
         # Lax about int for float and list for tuple alone, as JSON has them.
-        rows = TypeAdapter(dict[str, dict[str, object]]).validate_json(path.read_bytes())
+        rows = TypeAdapter(dict[str, dict[str, object]]).validate_json(regular.read(path))
         found = {name: TypeAdapter(Gpu).validate_python({**row, "name": name}) for name, row in rows.items()}
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error

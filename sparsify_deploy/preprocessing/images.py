@@ -6,7 +6,11 @@ import io
 import os
 import re
 import struct
+import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -16,6 +20,17 @@ from sparsify_deploy.errors import DataError, MissingExtra
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
+
+
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""What is decoded. Pillow knows more, PostScript among them, which it hands to another program to execute."""
+
+MOST_PIXELS = 1 << 26
+"""Of an image, 8192 x 8192: a small file may claim any size, and 4 bytes a pixel and as many again are needed."""
+
+_LARGE = 1 << 22
+_one_at_a_time = Lock()
+"""Held while an image of more than `_LARGE` pixels is decoded, or every thread might hold one of `MOST_PIXELS`."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +50,15 @@ class Decoder:
         from PIL import Image
 
         unreadable = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, EOFError, struct.error)
+        bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning, OverflowError, AttributeError)
         try:
-            with Image.open(io.BytesIO(content)) as file:
-                image = file.convert(self.mode)
-        except (*unreadable, Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
+            with Image.open(io.BytesIO(content), formats=_formats()) as file:
+                if (size := file.width * file.height) > MOST_PIXELS:
+                    raise ValueError(f"{file.width} x {file.height} pixels, more than {MOST_PIXELS:,}: resize it first")
+                with _one_at_a_time if size > _LARGE else nullcontext():
+                    pixels = np.asarray(self._fitted(file.convert(self.mode)))
+        except (*unreadable, *bombs) as exc:
             raise DataError(f"{where}: the image cannot be decoded ({short(exc)})") from exc
-        pixels = np.asarray(self._fitted(image))
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     def _fitted(self, image: Image) -> Image:
@@ -53,9 +71,22 @@ class Decoder:
             return image if same else image.resize((self.size, self.size), Resampling.BILINEAR)
         width, height = image.size
         scale = round(self.size / 0.875) / min(width, height)
+        if scale * max(width, height) > MOST_PIXELS // self.size:  # a line of one pixel becomes a very long one
+            raise ValueError(f"{width} x {height} pixels cannot be cropped to a square")
         resized = image.resize((round(width * scale), round(height * scale)), Resampling.BILINEAR)
         left, top = (resized.width - self.size) // 2, (resized.height - self.size) // 2
         return resized.crop((left, top, left + self.size, top + self.size))
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    from PIL import Image
+
+    Image.init()
+    # Pillow's own limit only warns, with two lines of its source, and lies above `MOST_PIXELS`.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def check_pillow(purpose: str, extra: str = "train") -> None:

@@ -12,8 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
-import numpy as np
-
+from sparsify_deploy import regular
 from sparsify_deploy.errors import DataError
 from sparsify_deploy.types import Json
 
@@ -155,7 +154,7 @@ Spec: TypeAlias = ImageSpec | TextSpec | ArraySpec
 def read(path: Path) -> Spec:
     """The spec in a file. Raises DataError."""
     try:
-        text = path.read_bytes()
+        text = regular.read(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     return from_json(text, str(path))
@@ -203,6 +202,8 @@ def samples(total: int) -> list[int]:
 
 
 def _check_affine(shift: Sequence[float], divisor: Sequence[float], name: str) -> None:
+    import numpy as np  # not for reading a plan
+
     if not shift or not divisor:
         raise ValueError(f"{name}: shift and divisor have one number a channel, or one for all")
     if len({len(shift), len(divisor)} - {1}) > 1:

@@ -7,13 +7,15 @@ What a tokenizer splits a text into lies in `tokenizer.json`, whole; which token
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from sparsify_deploy import native
 from sparsify_deploy.errors import DataError, MissingExtra
 from sparsify_deploy.preprocessing.tokenizer_files import BESIDE, FILE, files
 
@@ -86,13 +88,16 @@ class Encoder:
         """Read tokenizer.json at `path`. Raises DataError, also where `max_length` leaves no token of a text."""
         tokenizer = _load(path)
         made = cls(tokenizer, spec)
-        if spec.max_length <= made.special:
+        with _explained(str(path)):
+            special = made.special
+            direction = (tokenizer.truncation or {}).get("direction", "right")
+            tokenizer.no_padding()
+            if spec.max_length > special:
+                tokenizer.enable_truncation(spec.max_length, direction=direction)
+        if spec.max_length <= special:
             raise DataError(
-                f"{path}: max_length {spec.max_length} leaves no room for text beside {made.special} special tokens"
+                f"{path}: max_length {spec.max_length} leaves no room for text beside {special} special tokens"
             )
-        direction = (tokenizer.truncation or {}).get("direction", "right")
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(spec.max_length, direction=direction)
         return made
 
     @property
@@ -115,12 +120,23 @@ class Encoder:
         types: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)]
         truncated = 0
         for start in range(0, len(texts), _AT_A_TIME):
-            for encoding in self.tokenizer.encode_batch(list(texts[start : start + _AT_A_TIME])):
-                ids.append(np.array(encoding.ids, np.int32))
-                types.append(np.array(encoding.type_ids, np.uint8))
+            for encoding in self._encoded(list(texts[start : start + _AT_A_TIME])):
+                try:
+                    ids.append(np.array(encoding.ids, np.int32))
+                    types.append(np.array(encoding.type_ids, np.uint8))
+                except OverflowError as error:
+                    raise DataError(
+                        "the tokenizer numbers a token beyond 31 bits or its type beyond 8: make it again"
+                    ) from error
                 truncated += bool(encoding.overflowing)
         starts = np.cumsum([len(part) for part in ids], dtype=np.int64)
         return Tokens(np.concatenate(ids), np.concatenate(types), starts, truncated)
+
+    def _encoded(self, texts: list[Any]) -> list[Any]:
+        # a pattern of its own may take for ever on some text
+        with native.call("splitting texts into tokens"), _explained("the tokenizer"):
+            found: list[Any] = self.tokenizer.encode_batch(texts)
+        return found
 
 
 def padded(tokens: Tokens, rows: NDArray[np.int64], spec: TextSpec) -> dict[str, NDArray[np.int64]]:
@@ -166,10 +182,22 @@ def _load(path: Path) -> Any:
         from tokenizers import Tokenizer  # type: ignore[import-untyped]
     except ImportError as exc:
         raise MissingExtra("tokenizers", "hf", "text") from exc
-    try:
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is no file: copy the tokenizer again")
+    with _explained(str(path)):
         return Tokenizer.from_file(str(path))
-    except Exception as exc:  # the class it raises is Exception itself
-        raise DataError(f"{path}: is no tokenizer, or is damaged ({' '.join(str(exc).split())[:160]})") from exc
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """What the package raises, Exception itself or the end of a Rust thread, as one line about the tokenizer."""
+    try:
+        yield
+    except BaseException as exc:
+        if not isinstance(exc, Exception) and type(exc).__name__ != "PanicException":
+            raise
+        text = " ".join(str(exc).split())[:160]
+        raise DataError(f"{what}: is no tokenizer, or is damaged ({text})") from exc
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from sparsify_deploy.types import Batch
 
 
+_STEPS = 127
+"""INT8 steps from 0 to the end of a range."""
+
+_BIAS_STEPS = 2**28
+"""How many steps of input scale times weight scale a bias may be long: an eighth of INT32, for training moves it."""
+
 _FIELDS = {
     "residual add": "residual",
     "concatenation": "concat",
@@ -69,11 +75,13 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate_` did. `dead_channels`: layer to the number of output channels whose weights are all zero."""
+    """What `calibrate_` did. By layer, how many output channels have weights that are all zero (`dead_channels`), or so
+    small beside their bias that their range was widened (`faint_channels`)."""
 
     batches: int
     quantizers: int
     dead_channels: Mapping[str, int]
+    faint_channels: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def prepare(model: nn.Module, settings: Int8Settings) -> Quantized:
@@ -120,7 +128,8 @@ def calibrate_(quantized: Quantized, batches: Iterable[Batch], inputs: Sequence[
     """Set every range to the largest magnitude seen over `batches`, moved to the module's device.
 
     An output channel without a weight has no range: it gets the smallest one of its layer (1 if the whole layer is
-    empty), for a scale must be above 0; its zeros stay zeros.
+    empty), for a scale must be above 0; its zeros stay zeros. One whose weights are next to nothing beside its bias
+    gets a range in which the bias can be an integer too.
 
     Raises:
         ModelError: there is no batch, or a quantizer saw nothing, only zeros, or values that are not finite.
@@ -148,7 +157,30 @@ def calibrate_(quantized: Quantized, batches: Iterable[Batch], inputs: Sequence[
             dead[name.removesuffix(".weight_quantizer")] = zeros
         if not bool((quantizer.amax > 0).all()):
             raise ModelError(f"{name}: saw only zeros during calibration; {_why_zero(module)}")
-    return Calibration(count, sum(1 for _ in _quantizers(module)), dead)
+    return Calibration(count, sum(1 for _ in _quantizers(module)), dead, _widen_faint_(module))
+
+
+def _widen_faint_(module: nn.Module) -> dict[str, int]:
+    """Widen ranges of output channels whose bias would not fit into INT32; layer to how many there were.
+
+    ONNX Runtime makes integers of biases, in steps of input scale times weight scale, and cuts off what is beyond
+    2^31. Channels that training switched off, common in networks with depthwise layers, keep a bias and weights a
+    hundred millionth of the others'. The wider range changes their sum by far less than an INT8 step of their bias.
+    """
+    enabled = dict(_quantizers(module))
+    found = {}
+    for name, layer in module.named_modules():
+        dot = f"{name}." if name else ""
+        weight, given = (enabled.get(f"{dot}{kind}_quantizer") for kind in ("weight", "input"))
+        bias = layer._parameters.get("bias")
+        if weight is None or given is None or bias is None or weight.amax.numel() != bias.numel():
+            continue
+        least = bias.detach().abs() * (_STEPS**2 / _BIAS_STEPS) / given.amax
+        faint = weight.amax < least.view_as(weight.amax).to(weight.amax)
+        if bool(faint.any()):
+            weight.amax[faint] = least.view_as(weight.amax).to(weight.amax)[faint]
+            found[name] = int(faint.sum())
+    return found
 
 
 def _tie_(quantized: Quantized) -> None:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sparsify_deploy import errors
+from sparsify_deploy import errors, memory
 from sparsify_deploy.types import Json
 
 _START = (
@@ -43,7 +43,8 @@ def call(
     `what` names the work as the subject of a sentence ("the TensorRT-RTX builder"); `advice` ends the message of a
     crash; `waiting` is called about five times a second meanwhile, and once at the end. A `SparsifyError` raised there
     is raised here again. Raises NativeCrash where the child dies of a signal, ends without an answer or outruns
-    `time_limit_s`; any other exception in the child is a bug and comes back as RuntimeError with the child's traceback.
+    `time_limit_s`, OutOfResources where that was for lack of memory; any other exception in the child is a bug and
+    comes back as RuntimeError with the child's traceback.
     """
     with tempfile.TemporaryDirectory(prefix="sparsify-deploy-") as folder:
         answer, printed = Path(folder, "answer.json"), Path(folder, "printed.txt")
@@ -62,7 +63,8 @@ def call(
                 child.wait()
         text = printed.read_text(encoding="utf-8", errors="replace")
         if not answer.is_file():
-            raise errors.NativeCrash(_death(what, child.returncode, text, advice))
+            spent = child.returncode == -signal.SIGKILL or memory.told_of(text)
+            raise (errors.OutOfResources if spent else errors.NativeCrash)(_death(what, child.returncode, text, advice))
         return _unpack(json.loads(answer.read_text(encoding="utf-8")), what)
 
 
@@ -112,19 +114,21 @@ def _unpack(answer: Json, what: str) -> Json:
 
 def main(function: str, answer: str, parent: int) -> None:
     """The child's side: read the request from stdin, write the answer to the file `answer`."""
-    _die_with(parent)
+    die_with(parent)
     request = json.loads(sys.stdin.buffer.read())
     module, _, name = function.partition(":")
     try:
         reply: Json = {"result": getattr(importlib.import_module(module), name)(request)}
     except errors.SparsifyError as error:
         reply = {"error": type(error).__name__, "message": str(error)}
-    except MemoryError:
-        reply = {"error": "OutOfResources", "message": f"memory ran out in {function}: try a smaller model or batch"}
-    except Exception:  # noqa: BLE001 the parent raises it again, with this traceback
-        import traceback
+    except Exception as error:  # noqa: BLE001 the parent raises it again, with this traceback
+        if errors.is_out_of_memory(error):
+            message = f"out of memory in {function}; {memory.peak(memory.peak_here_bytes())}"
+            reply = {"error": "OutOfResources", "message": f"{message}: try a smaller model or batch"}
+        else:
+            import traceback
 
-        reply = {"error": "bug", "message": traceback.format_exc()}
+            reply = {"error": "bug", "message": traceback.format_exc()}
     written = Path(answer + ".partial")
     written.write_text(json.dumps(reply), encoding="utf-8")
     written.replace(answer)
@@ -132,7 +136,8 @@ def main(function: str, answer: str, parent: int) -> None:
     os._exit(0)  # the answer is complete; a native library that crashes in its destructors changes nothing
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
+    """On Linux, end this process at once when the thread of process `parent` that made it does."""
     if not sys.platform.startswith("linux"):
         return
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG

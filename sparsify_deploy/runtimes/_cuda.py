@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsify_deploy import native
 from sparsify_deploy.errors import DataError, ModelError, OutOfResources, RuntimeUnavailable
 from sparsify_deploy.runtimes import _gpu, _packages, _tensors, _trt_load
 from sparsify_deploy.runtimes._trt import DTYPES, Flavour, probe_reason
@@ -59,7 +60,8 @@ def open_engine(
         runtime = trt.Runtime(logger)
         if host_code:  # else it stays False
             runtime.engine_host_code_allowed = True
-        loaded = runtime.deserialize_cuda_engine(engine.read_bytes())
+        with native.call(f"{flavour.name} loading {engine.name}"):
+            loaded = runtime.deserialize_cuda_engine(engine.read_bytes())
         if loaded is None:
             raise DataError(
                 f"{engine}: {flavour.name} cannot load it here: it was built by another version or for another GPU"

@@ -12,17 +12,25 @@ import os
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from xml.parsers import expat
 
+from pydantic import BaseModel, Field, ValidationError
+
 from sparsify_deploy import menu
-from sparsify_deploy.artifacts import environment
+from sparsify_deploy.artifacts import durable, environment
 from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import CorruptArtifact, DataError, UsageError
-from sparsify_deploy.runtimes import _tensors
+from sparsify_deploy.runtimes import _signature, _tensors
 from sparsify_deploy.types import BuildNotes, IOTensor, Json
 
-FORMAT = 1
+FORMAT = 2
+"""Records of format 1 are plain JSON; later ones are sealed, so that a changed byte shows."""
+
+_UNSEALED = 1
+
+_DATA = frozenset({"onnxruntime", "openvino"})
+"""Runtimes whose engines are graphs; those of the others hold code for a GPU, and may hold some for the host."""
 
 
 def metadata_path(engine: Path) -> Path:
@@ -47,9 +55,7 @@ def write_metadata(engine: Path, notes: BuildNotes, onnx_sha256: str, params: An
         "environment": environment.machine(),
     }
     path = metadata_path(engine)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    durable.write_json(path, dict(sorted(_signature.signed(record).items())))
     return path
 
 
@@ -59,35 +65,92 @@ def check(engine: Path, *, trust: bool) -> Json | None:
     Raises DataError for a file that is no engine at all, UsageError where there is no record and `trust` is False,
     CorruptArtifact where a file differs from its record (`trust` does not excuse that).
     """
-    runtime = judge(engine)
-    path = metadata_path(engine)
-    if not path.is_file():
+    runtime, path = runtime_of(engine), metadata_path(engine)
+    if not os.path.lexists(path):
+        judge(engine)
         if trust:
             return None
         raise UsageError(
             f"{engine}: there is no {path.name} beside it that says where this engine comes from; an engine is "
             "executable code: pass --trust-engine if you built it yourself"
         )
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        files, named = dict(record["files"]), record["runtime"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptArtifact(f"{path}: not a record of an engine ({error!r}): build the engine again") from None
-    if named != runtime or engine.name not in files:
+    record = read_record(path)
+    if record["runtime"] != runtime or engine.name not in record["files"]:
         raise CorruptArtifact(f"{path}: is the record of another engine than {engine.name}: build the engine again")
-    for name, digest in files.items():
-        file = engine.with_name(Path(name).name)
-        if not file.is_file():
+    for name, digest in record["files"].items():
+        file = engine.with_name(name)
+        if len(name.encode("utf-8", "surrogatepass")) > 255 or not file.is_file():
             raise CorruptArtifact(f"{file}: is gone, though {path.name} lists it: build the engine again")
         if file_digest(file) != digest:
             raise CorruptArtifact(f"{file}: its bytes are not the ones {path.name} lists: build the engine again")
+    judge(engine)
     return record
+
+
+def check_own(engine: Path, *, trust: bool) -> None:
+    """`UsageError` where an engine is code that was not built here by this user, unless they `trust` it.
+
+    `check` says that a file is what its record lists; whoever made the file may have made the record.
+    """
+    path = metadata_path(engine)
+    if trust or runtime_of(engine) in _DATA or (path.is_file() and _signature.is_own(read_record(path))):
+        return
+    raise UsageError(
+        f"{engine}: was not built here by you, and an engine is executable code: build it again here, or pass "
+        "--trust-engine if you trust those who made it"
+    )
+
+
+class _Facts(BaseModel):
+    """The facts that are read again; a builder notes more."""
+
+    axis_sizes: dict[str, dict[str, tuple[int, int, int]]] = {}
+    architecture: str = ""
+
+
+class _Record(BaseModel):
+    """What is read of a record, in the types that `write_metadata` gives it."""
+
+    runtime: str
+    version: str = ""
+    params: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    onnx_sha256: str = ""
+    files: dict[Annotated[str, Field(pattern=r"^[^/\x00]*[^/\x00.][^/\x00]*$")], str]
+    facts: _Facts = _Facts()
+
+
+def read_record(path: Path) -> dict[str, Json]:
+    """The record in a file. Raises CorruptArtifact where it is none."""
+    try:
+        content = path.read_bytes()
+        sealed = durable.is_sealed(content)
+        record: dict[str, Json] = durable.read_json(path, content) if sealed else json.loads(content)
+        _Record.model_validate(record)
+        number = record.get("format", _UNSEALED)
+        if not isinstance(number, int) or (not sealed and number != _UNSEALED):
+            raise ValueError("its seal is broken")
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except CorruptArtifact as error:
+        raise CorruptArtifact(f"{error}: build the engine again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        what = repr(error)
+    else:
+        if number > FORMAT:
+            raise DataError(
+                f"{path}: is of format {number}, and this program reads those up to {FORMAT}: use the release that "
+                "built the engine, or build it again"
+            )
+        return record
+    raise CorruptArtifact(f"{path}: not a record of an engine ({what[:200]}): build the engine again")
 
 
 def typical_shapes(engine: Path, tensors: Sequence[IOTensor], batch: int) -> dict[str, tuple[int, ...]]:
     """`_tensors.typical_shapes` by the sizes that the record beside `engine` lists, if there is one."""
     path = metadata_path(engine)
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    record = read_record(path) if path.is_file() else {}
     return _tensors.typical_shapes(tensors, batch, record.get("facts", {}).get("axis_sizes", {}))
 
 

@@ -50,9 +50,9 @@ class Flavour:
 class ShapeRange(Base):
     """The shapes of one input that an engine takes, and the one it is tuned for; each axis 1 or more."""
 
-    min: tuple[int, ...] = Field(strict=False)
-    opt: tuple[int, ...] = Field(strict=False)
-    max: tuple[int, ...] = Field(strict=False)
+    min: tuple[int, ...] = Field(strict=False, description="smallest shape it takes")
+    opt: tuple[int, ...] = Field(strict=False, description="shape it is tuned for")
+    max: tuple[int, ...] = Field(strict=False, description="largest shape it takes")
 
     @model_validator(mode="after")
     def _ordered(self) -> ShapeRange:
@@ -73,7 +73,7 @@ class BuilderParams(Base):
     sparse: bool = Field(True, description="allow 2:4 kernels; the builder takes one only where it is faster")
     min_batch: int = Field(1, ge=1, description="the batch sizes matter only where the ONNX file's batch is dynamic")
     opt_batch: int = Field(1, ge=1, description="the batch size that the engine is tuned for")
-    max_batch: int = Field(32, ge=1)
+    max_batch: int = Field(32, ge=1, description="largest batch an engine takes")
     shapes: dict[str, ShapeRange] = Field(
         {},
         description="input name to {min, opt, max} shapes; needed where another axis than the batch is dynamic and the "

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from sparsify_deploy.artifacts import durable
 from sparsify_deploy.errors import ModelError
 from sparsify_deploy.graph.engine_names import listed
 from sparsify_deploy.runtimes import _trt_timing_cache
@@ -52,9 +53,7 @@ def _build(trt: Any, logger: Any, messages: Sequence[tuple[str, str]], request: 
         return {"failed": "build", "reason": " ".join(" ".join(last).split()) or "it gave no reason"}
     _trt_timing_cache.save(config, cache)
     engine = Path(request["engine"])
-    partial = engine.with_name(engine.name + ".partial")
-    partial.write_bytes(memoryview(serialised))
-    partial.replace(engine)
+    durable.write(engine, [memoryview(serialised)])
     facts = {
         "layers_parsed": network.num_layers,
         "strongly_typed": typed is not None,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -18,6 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
+from sparsify_deploy import native
+from sparsify_deploy.artifacts import durable
 from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import DataError, ModelError, RuntimeUnavailable
 from sparsify_deploy.params import Params as Base
@@ -42,7 +45,7 @@ _COPY = re.compile(r"(_token_\d+|_nchwc)+$")
 class Params(Base):
     """`provider` is where it runs; CUDA needs onnxruntime-gpu in place of onnxruntime."""
 
-    provider: Literal["CPU", "CUDA"] = "CPU"
+    provider: Literal["CPU", "CUDA"] = Field("CPU", description="execution provider")
 
 
 def version() -> str | None:
@@ -78,7 +81,7 @@ def build(onnx: Path, engine: Path, params: Params, /, *, progress: Progress | N
                 partial.write_bytes(model.SerializeToString())
             else:
                 shutil.copyfile(onnx, partial)
-            os.replace(partial, engine)
+            durable.move(partial, engine)
     notes = BuildNotes(
         runtime="onnxruntime",
         version=version() or "unknown",
@@ -121,8 +124,10 @@ def profile(engine: Path, params: Params, inputs: Arrays, /, *, threads: int = 1
     with tempfile.TemporaryDirectory(prefix="sparsify-deploy-") as folder:
         session = _session(engine, params, threads, {}, profile=str(Path(folder, "profile")))
         try:
-            for _ in range(_profiles.WARM_UP + _profiles.RUNS):
-                session.run(None, fed)
+            with native.call(f"ONNX Runtime profiling {engine.name}") as renew:
+                for _ in range(_profiles.WARM_UP + _profiles.RUNS):
+                    renew()
+                    session.run(None, fed)
         except _native_errors() as error:
             raise ModelError(f"ONNX Runtime failed while running: {_one_line(error)}") from None
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -187,7 +192,8 @@ def _package() -> ModuleType:
     if reason := unavailable_reason():
         raise RuntimeUnavailable(reason)
     try:
-        package = importlib.import_module("onnxruntime")
+        with native.call("importing ONNX Runtime"):
+            package = importlib.import_module("onnxruntime")
     except ImportError as error:
         raise RuntimeUnavailable(f"ONNX Runtime is installed but does not import: {error}") from None
     return package
@@ -211,7 +217,8 @@ def _session(
     for name, size in free_axes.items():
         options.add_free_dimension_override_by_name(name, size)
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=[wanted])
+        with native.call(f"ONNX Runtime loading {path.name}"):
+            session = onnxruntime.InferenceSession(path, options, providers=[wanted])
     except _native_errors() as error:
         raise ModelError(f"{path}: ONNX Runtime cannot load it: {_one_line(error)}") from None
     # a session asked for CUDA alone comes back on the CPU where there is no GPU, without an error

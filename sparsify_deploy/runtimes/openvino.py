@@ -8,7 +8,6 @@ file, at the same scale. Reference: https://docs.openvino.ai
 from __future__ import annotations
 
 import importlib
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
+from sparsify_deploy import native
+from sparsify_deploy.artifacts import durable
 from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import DataError, ModelError, RuntimeUnavailable
 from sparsify_deploy.params import Params as Base
@@ -40,7 +43,7 @@ _PARTS = ("/DequantizationMultiply", "/DequantizationSubtract", "/WithoutBiases"
 class Params(Base):
     """`precision` is that of the layers without Q/DQ; bf16 needs a CPU that computes in it."""
 
-    precision: Literal["f32", "bf16"] = "f32"
+    precision: Literal["f32", "bf16"] = Field("f32", description="of what is not INT8")
 
 
 def lower_precision(params: Params, /) -> tuple[str, Params] | None:
@@ -80,12 +83,13 @@ def build(onnx: Path, engine: Path, params: Params, /, *, progress: Progress | N
     with tempfile.TemporaryDirectory(dir=engine.parent, prefix=".openvino-") as folder:
         partial = Path(folder, engine.name)
         try:
-            model = _core().read_model(source)
-            openvino.save_model(model, partial, compress_to_fp16=False)
+            with native.call(f"OpenVINO converting {onnx.name}"):
+                model = _core().read_model(source)
+                openvino.save_model(model, partial, compress_to_fp16=False)
         except RuntimeError as error:
             raise ModelError(f"{onnx}: OpenVINO cannot convert it: {_one_line(error)}") from None
-        os.replace(partial.with_suffix(".bin"), weights)
-        os.replace(partial, engine)
+        durable.move(partial.with_suffix(".bin"), weights)
+        durable.move(partial, engine)
     lacking = _precision_reason(openvino, params)
     notes = BuildNotes(
         runtime="openvino",
@@ -121,13 +125,14 @@ def profile(engine: Path, params: Params, inputs: Arrays, /, *, threads: int = 1
     compiled, tensors = _compiled(engine, params, threads, shapes, profiled=True)
     session = OpenVinoSession(compiled, tensors, _describe(compiled.outputs))
     session.bind(inputs)
-    for _ in range(_profiles.WARM_UP):
-        session.execute()
     taken: dict[str, list[float]] = {}
-    for _ in range(_profiles.RUNS):
-        session.execute()
-        for name, ms in session.times_ms().items():
-            taken.setdefault(name, []).append(ms)
+    with native.call(f"OpenVINO profiling {engine.name}") as renew:
+        for run in range(_profiles.WARM_UP + _profiles.RUNS):
+            renew()
+            session.execute()
+            if run >= _profiles.WARM_UP:
+                for name, ms in session.times_ms().items():
+                    taken.setdefault(name, []).append(ms)
     layers = []
     for op in compiled.get_runtime_model().get_ordered_ops():
         name, said = op.get_friendly_name(), op.get_rt_info()
@@ -169,14 +174,16 @@ def _compiled(
         raise RuntimeUnavailable(reason)
     try:
         core = _core()
-        model = core.read_model(engine)
+        with native.call(f"OpenVINO reading {engine.name}"):
+            model = core.read_model(engine)
     except RuntimeError as error:
         raise DataError(f"{engine}: OpenVINO cannot read it: {_one_line(error)}") from None
     inputs, changed = _tensors.fixed(_describe(model.inputs), shapes)
     try:
         if changed:
             model.reshape({tensor.name: tensor.shape for tensor in inputs if tensor.name in changed})
-        compiled = core.compile_model(model, "CPU", {**_settings(params, threads), "PERF_COUNT": profiled})
+        with native.call(f"OpenVINO compiling {engine.name}"):
+            compiled = core.compile_model(model, "CPU", {**_settings(params, threads), "PERF_COUNT": profiled})
     except RuntimeError as error:
         raise ModelError(f"{engine}: OpenVINO cannot compile it: {_one_line(error)}") from None
     return compiled, inputs
@@ -220,14 +227,17 @@ class OpenVinoSession:
 def _core() -> Any:
     """One core for the process: where several overlap, OpenVINO leaves a freed signal stack behind, and the next
     signal kills the process."""
-    return _package().Core()
+    package = _package()
+    with native.call("starting OpenVINO"):
+        return package.Core()
 
 
 def _package() -> ModuleType:
     if reason := unavailable_reason():
         raise RuntimeUnavailable(reason)
     try:
-        package = importlib.import_module("openvino")
+        with native.call("importing OpenVINO"):
+            package = importlib.import_module("openvino")
     except ImportError as error:
         raise RuntimeUnavailable(f"OpenVINO is installed but does not import: {error}") from None
     return package

@@ -34,7 +34,9 @@ _NO_VERDICT = "TensorRT-RTX does not say which kernels are sparse: no verdict on
 class Params(_trt.BuilderParams):
     """`targets` are the GPU architectures that the engine is made for."""
 
-    targets: tuple[Literal["sm80", "sm86", "sm89", "sm120"], ...] = Field(("sm86",), strict=False, min_length=1)
+    targets: tuple[Literal["sm80", "sm86", "sm89", "sm120"], ...] = Field(
+        ("sm86",), strict=False, min_length=1, description="GPU architectures the engine is made for"
+    )
 
 
 def lower_precision(params: Params, /) -> tuple[str, Params] | None:

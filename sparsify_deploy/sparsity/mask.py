@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from sparsify_deploy import regular
 from sparsify_deploy.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Mask(Mapping[str, "Tensor"]):
     def load(cls, path: Path) -> Mask:
         """Read what `save` wrote; DataError where the file is missing or is not a mask."""
         try:
-            tensors = load(path.read_bytes())
+            tensors = load(regular.read(path))
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path} cannot be read as a mask: {error}") from error
         wrong = [name for name, tensor in tensors.items() if tensor.dtype != torch.bool]

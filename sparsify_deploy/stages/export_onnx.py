@@ -123,12 +123,14 @@ def _parity(subject: Subject, export: Export, model: nn.Module, path: Path) -> P
     count = min(export.parity_examples, len(split))
     if not subject.free_axes:
         reference, batch = predict(model, split, names, torch.arange(count))
-        return compare(reference, onnx_outputs(path, {name: batch[name] for name in names}))
-    parts = [_compared(model, path, batch, names) for batch in batches_of_test(subject, _PIECE, count)]
-    extremes = [_compared(model, path, {k: v.numpy() for k, v in each.items()}, names) for each in subject.extremes()]
-    found = together(parts)
+        found = onnx_outputs(path, {name: batch[name] for name in names})
+        return compare(reference, found, subject.answers(reference))
+    parts = [_compared(subject, model, path, batch) for batch in batches_of_test(subject, _PIECE, count)]
+    sizes = ({name: values.numpy() for name, values in each.items()} for each in subject.extremes())
+    extremes = [_compared(subject, model, path, each) for each in sizes]
+    whole = together(parts)
     # the examples there are filled up with their own tokens: no share of right answers can be drawn from them
-    return dataclasses.replace(found, max_relative=max(part.max_relative for part in (found, *extremes)))
+    return dataclasses.replace(whole, max_relative=max(part.max_relative for part in (whole, *extremes)))
 
 
 def _traced_alone(subject: Subject, model: nn.Module, path: Path, found: Parity) -> str:
@@ -145,12 +147,14 @@ def _traced_alone(subject: Subject, model: nn.Module, path: Path, found: Parity)
     return f"; it agrees with torch at {shapes}, as it was traced: {_CONSTANT}"
 
 
-def _compared(model: nn.Module, path: Path, batch: Arrays, names: Sequence[str]) -> Parity:
+def _compared(subject: Subject, model: nn.Module, path: Path, batch: Arrays) -> Parity:
     from sparsify_deploy.export.parity import compare
 
+    names = subject.examples.inputs
     reference = torch_outputs(model, batch, names)
     try:
-        return compare(reference, onnx_outputs(path, {name: batch[name] for name in names}))
+        found = onnx_outputs(path, {name: batch[name] for name in names})
+        return compare(reference, found, subject.answers(reference))
     except ModelError as error:
         shapes = ", ".join(f"{name} {batch[name].shape}" for name in names)
         raise ModelError(f"{path}: does not take {shapes}, though torch does: {_CONSTANT} ({error})") from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import BaseModel
 
-from sparsify_deploy import menu
+from sparsify_deploy import menu, watch
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.subject import Subject
 from sparsify_deploy.stages.training_checks import mixing
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Phase: TypeAlias = Literal["train", "fine_tune", "qat"]
 PHASES: tuple[Phase, ...] = ("train", "fine_tune", "qat")
+_SECTIONS: dict[Phase, str] = {"train": "training", "fine_tune": "nm.fine_tune", "qat": "quantize.qat"}
+"""Where a recipe says how each phase trains."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,8 @@ def fit_(
         evaluate=lambda: evaluate(model, task, examples.split("test"), examples.inputs),
         validation=examples.split("validation") if fit.training.measures else None,
     )
-    after: Mask | None = menu.entry("methods", fit.method).train(trainer, mask, fit.params, fit.density)
+    with watch.batch(fit.training.batch_size, f"{_SECTIONS[fit.phase]}.batch_size"):
+        after: Mask | None = menu.entry("methods", fit.method).train(trainer, mask, fit.params, fit.density)
     if fit.training.channels_last:
         contiguous_(model)
     cost = training_cost(model, subject.example(), examples.inputs, trainer.history)

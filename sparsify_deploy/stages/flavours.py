@@ -78,8 +78,9 @@ class ExportFlavour:
         parity = check_parity(self.subject, self.export, model, path, quantised=True)
         between = together(
             [
-                compare(onnx_outputs(inputs["onnx"], examples), onnx_outputs(path, examples))
+                compare(reference, onnx_outputs(path, examples), self.subject.answers(reference))
                 for examples in self._examples(parity.examples)
+                for reference in [onnx_outputs(inputs["onnx"], examples)]
             ]
         )
         mask = Mask.load(inputs["mask"]) if "mask" in inputs else None

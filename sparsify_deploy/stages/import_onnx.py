@@ -169,7 +169,7 @@ class GivenFlavour:
         rewritten = write_onnxruntime(inputs["onnx"], path, [{k: b[k].numpy() for k in names} for b in calibration])
         given, _ = outputs_of_file(self.subject, inputs["onnx"], self.export.parity_examples)
         answered, _ = outputs_of_file(self.subject, path, self.export.parity_examples)
-        between = compare(given, answered)
+        between = compare(given, answered, self.subject.answers(given))
         agreement = between.top1_agreement
         if agreement is not None and agreement < self.export.min_top1_agreement:
             raise CheckFailed(

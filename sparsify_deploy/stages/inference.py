@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sparsify_deploy import native
 from sparsify_deploy.errors import ModelError
 
 if TYPE_CHECKING:
@@ -31,9 +32,7 @@ def run_all(
         count = len(next(iter(piece.values())))
         if fixed and count < batch_size:
             piece = {k: np.concatenate([v, np.repeat(v[:1], batch_size - count, axis=0)]) for k, v in piece.items()}
-        session.bind(piece)
-        session.execute()
-        for name, values in session.fetch().items():
+        for name, values in native.answer(session, piece, batch_size).items():
             parts.setdefault(name, []).append(values[:count])
     return {name: _joined(name, pieces) for name, pieces in parts.items()}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from sparsify_deploy.artifacts.store import write_json
-from sparsify_deploy.errors import DataError, Interrupted, ModelError
+from sparsify_deploy.artifacts import durable
+from sparsify_deploy.errors import CorruptArtifact, DataError, Interrupted, ModelError
 from sparsify_deploy.recipe import NM
 from sparsify_deploy.recipe import Quantize as QuantizeSection
 from sparsify_deploy.reports import LayerSensitivity, Score, SensitivityReport, dump
@@ -58,7 +57,7 @@ class Sensitivity:
     examples: int = 2048
 
     name: ClassVar[str] = "sensitivity"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     inputs: ClassVar[tuple[str, ...]] = ("weights", "mask")
     outputs: ClassVar[Mapping[str, str]] = {"sensitivity": "sensitivity.json"}
     environment: ClassVar[tuple[str, ...]] = ("modelopt",)
@@ -171,7 +170,11 @@ class _Trials:
         """What an earlier attempt on a machine like this one measured."""
         if not self._path.is_file():
             return {}
-        kept = json.loads(self._path.read_text(encoding="utf-8"))
+        try:
+            kept = durable.read_json(self._path)
+        except CorruptArtifact as error:
+            advice = "delete that file and run the same command again: it measures anew"
+            raise CorruptArtifact(f"{error}: {advice}") from None
         if kept["environment"] != self._environment:
             self._context.progress.say("sensitivity: measured anew, for the device or torch changed since it stopped")
             return {}
@@ -195,7 +198,7 @@ class _Trials:
             self._found[what] = [float(scores[self.metric]), float(scores["loss"])]
             if not all(map(math.isfinite, self._found[what])):
                 raise ModelError(f"{what}: {self.metric} or loss is not finite; train the network or check its weights")
-            write_json(self._path, {"environment": self._environment, "found": self._found})
+            durable.write_json(self._path, {"environment": self._environment, "found": self._found})
         self._context.progress.update("sensitivity", len(self._found), self._total, what)
         return _Trial(*self._found[what])
 

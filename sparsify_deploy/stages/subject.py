@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -106,7 +106,8 @@ class Subject:
                 self.model.checkpoint,
                 partial=self.model.checkpoint_partial,
                 match=self.model.checkpoint_match,
-                trusted=self.trusted,
+                # what was not found to hold objects was shown to nobody
+                trusted=self.trusted and usercode.approved(self.model.checkpoint) is not None,
             )
         model = self._followable(unpack_attention_(model))
         if weights is not None:
@@ -119,7 +120,8 @@ class Subject:
 
         def batches() -> tuple[list[Batch], dict[str, tuple[int, ...]]]:
             inputs, axes = self.examples.inputs, self.free_axes.axes
-            given: list[Batch] = [{name: batch[name] for name in inputs} for batch in map(self.example, (2, 3, 1))]
+            whole: list[Batch] = [*map(self.example, (2, 3, 1)), *self.extremes(), *self._other_sizes()]
+            given: list[Batch] = [{name: batch[name] for name in inputs} for batch in whole]
             return given, {name: (0, *axes.get(name, ())) for name in inputs}
 
         if not self._graphs:
@@ -177,6 +179,11 @@ class Subject:
 
         split = self.examples.split("train") if data is None else self.calibration_examples(data)[0]
         return training_batches(split, seed=self.seed, batch_size=min(batch_size, len(split)), count=batches)
+
+    def answers(self, outputs: Mapping[str, object]) -> Collection[str] | None:
+        """The outputs whose largest value is the network's answer, as the task has it; None where it does not say."""
+        told: Callable[[Mapping[str, object]], Collection[str]] | None = getattr(self.opened_task, "answers", None)
+        return None if told is None or not self.measured else told(outputs)
 
     @property
     def measured(self) -> bool:
@@ -258,6 +265,15 @@ class Subject:
         sizes = self.free_axes.sizes
         pairs = [{name: getattr(size, end) for name, size in sizes.items()} for end in ("least", "largest")]
         return [sized(self.example(), self.free_axes, each) for each in pairs if each]
+
+    def _other_sizes(self) -> list[Batch]:
+        """An example at one other size of each free axis whose sizes the data do not tell."""
+        from sparsify_deploy.export.axes import sized, sizes_of
+
+        example = self.example()
+        unknown = {k: v for k, v in sizes_of(example, self.free_axes).items() if k not in self.free_axes.sizes}
+        others = [{name: size - 1 if size > 1 else size + 1} for name, size in unknown.items()]
+        return [sized(example, self.free_axes, each) for each in others]
 
     def check_fits(self, model: nn.Module) -> None:
         """Run one test example through the network and its task, also at the least and largest sizes of free axes,

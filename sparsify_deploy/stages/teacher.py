@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparsify_deploy import usercode
 from sparsify_deploy.errors import DataError
 from sparsify_deploy.stages.subject import Subject
 from sparsify_deploy.training.settings import Distillation
@@ -82,5 +83,6 @@ def _open(distillation: Distillation, subject: Subject, baseline: Path | None, *
 
     model = subject.network(baseline)
     if distillation.teacher is not None:
-        load_checkpoint(model, distillation.teacher, trusted=subject.trusted, advise=False)
+        shown = usercode.approved(distillation.teacher) is not None
+        load_checkpoint(model, distillation.teacher, trusted=subject.trusted and shown, advise=False)
     return fold_batchnorm(model) if folded else model

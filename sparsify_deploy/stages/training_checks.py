@@ -42,10 +42,16 @@ def unmet_by_training(subject: Subject, training: Training | None) -> Sequence[s
 
 
 def check_training(subject: Subject, training: Training | None, model: nn.Module) -> None:
-    """Raise where the data cannot be augmented, mixed or measured on as `training` asks, or `model` cannot run in the
-    memory format it asks for; `model` is left as it is."""
+    """Raise where the data cannot be augmented, mixed, measured on or compiled for as `training` asks, or where `model`
+    cannot run in the memory format it asks for; `model` is left as it is."""
     if training is None:
         return
+    if training.compile and subject.free_axes:
+        raise ModelError(
+            f"training.compile makes code for one shape of batch, and the {' and '.join(subject.free_axes.names)} of "
+            "this data differs from batch to batch: give all examples one size (data.params.pad max_length), or set "
+            "compile false"
+        )
     if training.measures:
         _check_validation(subject)
     if subject.data.augment or training.mixes:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsify_deploy import menu
-from sparsify_deploy.artifacts.digests import DigestCache
+from sparsify_deploy import menu, usercode
+from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import DataError
 from sparsify_deploy.models._pickled import objects_in
 from sparsify_deploy.recipe import CalibrationData, Data, Model, Recipe, TaskSection
@@ -23,13 +23,22 @@ class UserCode:
     path: Path
     what: str
 
-    def line(self, known: DigestCache) -> str:
+    def line(self) -> str:
         """What a person is to look at before trusting it: path, sha256 and field. `DataError` where it is gone."""
+        return f"{self.section}: {self.path} (sha256 {self._digest()}) {self.what}"
+
+    def approve(self) -> str:
+        """The same, after which other bytes of the file than those of this sha256 are refused."""
+        digest = self._digest()
+        usercode.approve(self.path, digest)
+        return f"{self.section}: {self.path} (sha256 {digest}) {self.what}"
+
+    def _digest(self) -> str:
+        """Of the bytes as they are now: a remembered digest goes by size and times."""
         try:
-            digest = known.digest(self.path)
+            return file_digest(self.path)
         except OSError as error:
             raise DataError(f"{self.section}: {self.path} cannot be read: {error.strerror or error}") from error
-        return f"{self.section}: {self.path} (sha256 {digest}) {self.what}"
 
 
 def user_code(recipe: Recipe) -> tuple[UserCode, ...]:

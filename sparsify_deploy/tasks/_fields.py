@@ -10,14 +10,19 @@ from sparsify_deploy.errors import DataError
 TARGET = "target"
 
 
-def chosen_output(outputs: Mapping[str, Any], name: str | None) -> Any:
-    """The output `name`; None: the only one, or `logits` among several. `DataError` where there is no such output."""
+def chosen_name(outputs: Mapping[str, Any], name: str | None) -> str:
+    """`name`; None: the only output, or `logits` among several. `DataError` where there is no such output."""
     if name is None:
         name = next(iter(outputs)) if len(outputs) == 1 else "logits"
     if name not in outputs:
         known = ", ".join(outputs) or "none"
         raise DataError(f"the model has no output {name!r} (it has {known}): name one in task.params.output")
-    return outputs[name]
+    return name
+
+
+def chosen_output(outputs: Mapping[str, Any], name: str | None) -> Any:
+    """The output that `chosen_name` names."""
+    return outputs[chosen_name(outputs, name)]
 
 
 def target_of(batch: Mapping[str, Any]) -> Any:

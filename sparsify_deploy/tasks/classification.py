@@ -16,7 +16,7 @@ from pydantic import Field
 from sparsify_deploy.errors import DataError
 from sparsify_deploy.params import Fraction
 from sparsify_deploy.params import Params as Base
-from sparsify_deploy.tasks._fields import chosen_output, target_of
+from sparsify_deploy.tasks._fields import chosen_name, chosen_output, target_of
 from sparsify_deploy.types import SOFT_TARGET
 
 if TYPE_CHECKING:
@@ -80,6 +80,10 @@ class Classification:
         """Those that follow from the number of classes."""
         found: dict[str, Direction] = {"top5": "higher"} if self.params.top_k is None else {}
         return found if self.params.positive is not None else {**found, "f1_binary": "higher"}
+
+    def answers(self, outputs: Mapping[str, Any]) -> tuple[str, ...]:
+        """The output with the logits: others, such as features, have no largest value that means anything."""
+        return (chosen_name(outputs, self.params.output),)
 
     def counting(self, class_counts: Callable[[], tuple[int, ...] | None]) -> Classification:
         """The same task, told how to learn the training examples of each label."""

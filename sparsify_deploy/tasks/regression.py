@@ -49,6 +49,10 @@ class Regression:
     params: Params
     metrics: ClassVar[Mapping[str, Direction]] = {"rmse": "lower", "mae": "lower", "r2": "higher"}
 
+    def answers(self, outputs: Mapping[str, Any]) -> tuple[str, ...]:
+        """None: of several values the largest is no answer."""
+        return ()
+
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Mean squared error in the output's dtype."""
         from torch.nn import functional as F

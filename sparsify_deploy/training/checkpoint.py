@@ -1,12 +1,12 @@
 """Step checkpoints: written whole or not at all, and read back only if every byte is as written.
 
 A file is one line `sparsify-deploy checkpoint 1 <sha256>` followed by what `torch.save` writes, whose digest that is;
-torch by itself does not notice a flipped bit in a tensor.
+torch by itself does not notice a flipped bit in a tensor. The checkpoint before the last one stays beside it, under a
+name that ends in `.before`: what the last one is worth is known only when it is read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import io
@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify_deploy.errors import CorruptArtifact, EnvironmentProblem, OutOfResources, UsageError
+from sparsify_deploy import regular, unpickling
+from sparsify_deploy.artifacts import durable
+from sparsify_deploy.errors import CorruptArtifact, EnvironmentProblem, OutOfResources, UsageError, is_out_of_memory
 
 _MAGIC = b"sparsify-deploy checkpoint 1 "
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -48,28 +50,35 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {then.get(key)} -> {now.get(key)}" for key in keys if then.get(key) != now.get(key)]
 
 
-def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace `path` in one step; after a crash the old file or the new one is there, never a part of one.
+def before(path: Path) -> Path:
+    """Where the checkpoint that came before `path` lies."""
+    return path.with_name(f"{path.name}.before")
 
-    `OutOfResources` if the disk is full, `EnvironmentProblem` if the folder cannot be written.
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace `path` in one step, once what was written could be read back from the disk; the file it replaces stays
+    as `before(path)`. After a crash at least one of the two is there and whole.
+
+    `OutOfResources` if the disk is full, `EnvironmentProblem` if the folder cannot be written or the disk gives other
+    bytes back.
     """
     payload = io.BytesIO()
     torch.save(dict(content), payload)
     data = payload.getbuffer()
-    header = _MAGIC + hashlib.sha256(data).hexdigest().encode() + b"\n"
-    temporary = path.with_name(path.name + ".tmp")
+    header = _header(data)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(header)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        with durable.replacing(path) as fresh:
+            with fresh.open("wb") as file:
+                file.write(header)
+                file.write(data)
+                durable.flush(file)
+            if not _is_on_disk(fresh, header):
+                raise EnvironmentProblem(f"{fresh}: the disk gave back other bytes than were written: check the disk")
+            if path.exists():
+                os.replace(path, before(path))
+        durable.sync(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
-            temporary.unlink()
         what = f"cannot write the checkpoint {path}: {error.strerror or error}"
         if error.errno in _FULL:
             raise OutOfResources(
@@ -78,32 +87,64 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
         raise EnvironmentProblem(what) from error
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _header(payload: bytes | memoryview) -> bytes:
+    return _MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n"
+
+
+def _is_on_disk(path: Path, header: bytes) -> bool:
+    """Whether a file has this header and what it promises; read from the disk, not from this machine's memory of it."""
+    sha = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if file.read(len(header)) != header:
+            return False
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return header == _MAGIC + sha.hexdigest().encode() + b"\n"
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint and the one before it, so that no crash brings the older one back."""
+    for each in (before(path), path):
+        each.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """The content of `path` with tensors on the CPU, or None where there is no file.
+    """The content of `path`, or of `before(path)` where there is no such file, with tensors on the CPU; None where
+    there is neither.
 
     A damaged file is `CorruptArtifact`: it was written in one step, so no crash of ours explains it.
     """
+    older = before(path)
+    if not os.path.lexists(path):
+        return _read(older, "its training starts over") if os.path.lexists(older) else None
+    resumes = os.path.lexists(older)
+    return _read(path, f"it goes on from {older.name}" if resumes else "its training starts over")
+
+
+def _read(path: Path, then: str) -> dict[str, Any]:
+    """`then` says what the same command does without this file."""
+    advice = f"delete that file and run the same command again: {then}"
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
+        data = regular.read(path)
+    except PermissionError as error:
+        raise EnvironmentProblem(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except OSError as error:
-        raise EnvironmentProblem(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
-    header, _, payload = data.partition(b"\n")
-    if header != _MAGIC + hashlib.sha256(payload).hexdigest().encode():
+        raise CorruptArtifact(f"the checkpoint {path} cannot be read ({error.strerror or error}): {advice}") from error
+    start = len(_MAGIC) + 65
+    if data[:start] != _header(memoryview(data)[start:]):
+        raise CorruptArtifact(f"the checkpoint {path} is damaged ({len(data)} bytes, checksum differs): {advice}")
+    try:
+        content = unpickling.tensors_only(io.BytesIO(memoryview(data)[start:]))
+    except Exception as error:  # torch raises many kinds
+        if is_out_of_memory(error):
+            raise
         raise CorruptArtifact(
-            f"the checkpoint {path} is damaged ({len(data)} bytes, checksum differs): delete that file and run "
-            "the same command again, its training starts over"
-        )
-    content: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+            f"the checkpoint {path} is none that training writes ({type(error).__name__}): {advice}"
+        ) from error
+    if not isinstance(content, dict):
+        raise CorruptArtifact(f"the checkpoint {path} is none that training writes: {advice}")
     return content
 
 

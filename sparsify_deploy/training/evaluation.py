@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparsify_deploy import watch
 from sparsify_deploy.errors import DataError, ModelError
 from sparsify_deploy.types import Split, Task, outputs_of
 
@@ -83,7 +84,7 @@ def _run(
     device = device_of(model)
     outputs: dict[str, list[NDArray[Any]]] = {}
     fields: dict[str, list[NDArray[Any]]] = {}
-    with mode(model, train=False), torch.no_grad():
+    with mode(model, train=False), torch.no_grad(), watch.batch(min(batch_size, len(indices))):
         for chunk in torch.split(indices, batch_size):
             batch = split.take(chunk)
             for name, value in outputs_of(model, moved(batch, device), inputs).items():

@@ -49,5 +49,8 @@ def dense_gradients(
     means = {name: total / count for name, total in zip(names, sums, strict=True)}
     for name, mean in means.items():
         if not torch.isfinite(mean).all():
-            raise Diverged(f"the gradient of {name} is not finite: the model it comes from has overflowed or diverged")
+            raise Diverged(
+                f"the gradient of {name} is not finite: the weights it is taken at have diverged, or the "
+                "data are not finite: lower the optimizer.lr they were trained with, or correct the data"
+            )
     return means

@@ -43,10 +43,10 @@ class RandomResizedCrop(Section):
 class ColorJitter(Section):
     """torchvision's ColorJitter; each number is the largest relative change, `hue` a part of the circle."""
 
-    brightness: NonNegative = 0.4
-    contrast: NonNegative = 0.4
-    saturation: NonNegative = 0.4
-    hue: float = Field(0.0, ge=0.0, le=0.5)
+    brightness: NonNegative = Field(0.4, description="largest relative change")
+    contrast: NonNegative = Field(0.4, description="largest relative change")
+    saturation: NonNegative = Field(0.4, description="largest relative change")
+    hue: float = Field(0.0, ge=0.0, le=0.5, description="largest turn, as a part of the circle")
 
 
 class Augment(Section):

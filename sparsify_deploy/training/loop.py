@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsify_deploy.errors import CorruptArtifact, Diverged, Interrupted, UsageError
+from sparsify_deploy.interrupt import at_safe_points
 from sparsify_deploy.training import checkpoint, forward
 from sparsify_deploy.training.averaging import Average
 from sparsify_deploy.training.batches import Batches, derived_seed, training_batches
 from sparsify_deploy.training.choosing import Choice
+from sparsify_deploy.training.divergence import LossWatch, broken_slots, cause_outside, finite_names, not_finite
 from sparsify_deploy.training.evaluation import device_of, evaluate, mode, moved, predict
 from sparsify_deploy.training.history import History, Stopwatch, joined, restored
 from sparsify_deploy.training.optimizer import build_optimizer
@@ -130,9 +132,10 @@ class Trainer:
         adds test metrics to the history.
 
         Goes on from the checkpoint of `label` in the folder if there is one; a fit that had finished is loaded, not
-        repeated, and `fits` holds what came before it. `Diverged` on a loss that is not finite; `Interrupted` after
-        `context.stop_requested()`, once the checkpoint is on disk; `CorruptArtifact` for a damaged checkpoint,
-        `UsageError` for one of another run.
+        repeated, and `fits` holds what came before it. `Diverged` on a loss that is not finite or has exploded, and
+        before a checkpoint would hold weights, statistics, averages or optimizer slots that are not finite;
+        `Interrupted` after `context.stop_requested()`, once the checkpoint is on disk; `CorruptArtifact` for a damaged
+        checkpoint, `UsageError` for one of another run.
         """
         label = label or self.label
         path = self.checkpoint(label)
@@ -144,7 +147,7 @@ class Trainer:
         self._watch_weights(updater)
         resumed_from = self._resume(path, updater)
         devices = [self.device] if self.device.type == "cuda" else []
-        with mode(self.model, train=True), torch.random.fork_rng(devices=devices):
+        with at_safe_points(), mode(self.model, train=True), torch.random.fork_rng(devices=devices):
             self._run(updater, path, measured)
         done = dataclasses.replace(self._told(updater), resumed_from=resumed_from)
         self.fits = (*self.fits, done)
@@ -178,6 +181,8 @@ class Trainer:
         self._average: Average | None = None
         self._choice: Choice | None = None
         self._over = False
+        self._loss_watch, self._sound = LossWatch(), finite_names(self.model)
+        self._saved_step: int | None = None
 
     def _watch_weights(self, updater: Updater) -> None:
         """Begin the average and the measurements that the settings ask for."""
@@ -236,6 +241,9 @@ class Trainer:
             if self.step == self._keep_at:
                 self._save(self._kept(label), updater)
             loss = self.advance(updater, label)
+            self._loss_watch.see(loss)
+            if what := self._loss_watch.exploded(last=self.step == self.total_steps):
+                raise self._diverged(label, what, self.step - 1)
             if self._average is not None:
                 self._average.update()
             self._window.append(loss)
@@ -331,17 +339,18 @@ class Trainer:
                 part = self._loss(k) / slices
                 loss += part.item()
                 if not math.isfinite(loss):
-                    raise _diverged(label, f"the loss is {loss}", step, self.total_steps, rate)
+                    cause = cause_outside(self._batches.batch(k), self.model, self._sound)
+                    raise self._diverged(label, f"the loss is {loss}", step, cause)
                 self._scale.backward(part)
         if self._scale.unscaled_(self.optimizer) and updater.after_backward(step):
             if self.settings.clip_norm is not None:
                 norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
                 if not math.isfinite(norm):
-                    raise _diverged(label, f"the gradient norm is {norm.item()}", step, self.total_steps, rate)
+                    raise self._diverged(label, f"the gradient norm is {norm.item()}", step)
             self.optimizer.step()
         self._scale.update()
         if self._scale.exhausted():
-            raise _diverged(label, "the gradients overflow fp16 at any loss scale", step, self.total_steps, rate)
+            raise self._diverged(label, "the gradients overflow fp16 at any loss scale", step)
         updater.after_step(step)
         self.step += 1
         return loss
@@ -358,12 +367,35 @@ class Trainer:
         return own if self.distillation is None else self.distillation.loss(own, outputs, batch)
 
     def _check_result(self, updater: Updater, label: str) -> None:
-        for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                rate = self.optimizer.param_groups[0]["lr"]
-                raise _diverged(label, f"{name} is not finite", self.step - 1, self.total_steps, rate)
+        self._check_finite(label)
         moved_weights = updater.mask.check_holds(self.model) if updater.mask is not None else ()
         assert not moved_weights, f"pruned weights of {', '.join(moved_weights)} are not zero"
+
+    def _check_finite(self, label: str) -> None:
+        """`Diverged` where the state holds what no later step could mend, though the loss may not show it yet."""
+        tensors = checkpoint.tensors_of(self.model)
+        broken = next(not_finite(tensors, self._sound | dict(self.model.named_parameters()).keys()), None)
+        if broken is None:
+            broken = next(broken_slots(self.model, self.optimizer), None)
+        if broken is None and self._average is not None:
+            broken = next(not_finite(self._average.state_dict()["tensors"], self._sound), None)
+            broken = broken and f"the average of {broken}"
+        if broken is not None:
+            raise self._diverged(label, f"{broken} is not finite", self.step - 1)
+
+    def _diverged(self, label: str, what: str, step: int, cause: str = "") -> Diverged:
+        rate = self.optimizer.param_groups[0]["lr"]
+        advice = "lower optimizer.lr, add schedule.warmup_fraction, or set clip_norm"
+        if self.settings.precision == "fp16":
+            advice += ", or set precision: bf16, which has the range of fp32"
+        kept = "; this fit had no checkpoint yet"
+        if self._saved_step is not None:
+            kept = (
+                f"; the checkpoint of step {self._saved_step}, the last finite one, is kept: the same command goes on "
+                "from there, to the same end if nothing changed, and with a changed recipe it starts anew"
+            )
+        where = f"at step {step} of {self.total_steps} (learning rate {rate:.3g})"
+        return Diverged(f"{label}: {what} {where}: {cause or advice}{kept}")
 
     def _plan(self, updater: Updater) -> dict[str, Any]:
         """What a checkpoint must have been made with for going on to make sense."""
@@ -379,6 +411,7 @@ class Trainer:
         }
 
     def _save(self, path: Path, updater: Updater) -> None:
+        self._check_finite(self._fit.label)
         train_s, cpu_s = self._watch.read()
         self._fit = dataclasses.replace(self._fit, train_s=train_s, cpu_s=cpu_s)
         checkpoint.write(
@@ -398,8 +431,11 @@ class Trainer:
                 "fits": [dataclasses.asdict(fit) for fit in self.fits],
                 "losses": self._losses,
                 "window": self._window,
+                "loss watch": self._loss_watch.state_dict(),
             },
         )
+        if path == self.checkpoint(self._fit.label):
+            self._saved_step = self.step
 
     def _resume(self, path: Path, updater: Updater) -> int | None:
         content, label = checkpoint.read(path), self._fit.label
@@ -421,6 +457,9 @@ class Trainer:
         self._watch = Stopwatch(self._fit.train_s, self._fit.cpu_s)
         self._losses = [(step, loss) for step, loss in content["losses"]]
         self._window = list(content["window"])
+        if "loss watch" in content:  # older checkpoints have none
+            self._loss_watch.load_state_dict(content["loss watch"])
+        self._saved_step = self.step
         say = self.context.progress.say
         if self._over:
             say(f"{label}: finished before, {self.step - self._fit.start} steps loaded")
@@ -430,13 +469,6 @@ class Trainer:
             what = "; ".join(changed)
             say(f"{label}: the checkpoint was made elsewhere ({what}): results may differ in the last bits")
         return self.step
-
-
-def _diverged(label: str, what: str, step: int, total: int, rate: float) -> Diverged:
-    return Diverged(
-        f"{label}: {what} at step {step} of {total} (learning rate {rate:.3g}): lower optimizer.lr, add "
-        "schedule.warmup_fraction, or set clip_norm"
-    )
 
 
 def _seed_torch(device: torch.device, seed: int) -> None:

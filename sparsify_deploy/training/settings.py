@@ -13,19 +13,19 @@ from sparsify_deploy.params import Params as Section
 class Optimizer(Section):
     """An optimizer and its settings; `momentum` and `nesterov` are for sgd, `betas` and `eps` for adam and adamw."""
 
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: Positive = 0.1
-    momentum: Fraction = 0.9
-    nesterov: bool = False
-    weight_decay: NonNegative = 5e-4
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), strict=False)
-    eps: Positive = 1e-8
+    name: Literal["sgd", "adam", "adamw"] = Field("sgd", description="torch.optim's")
+    lr: Positive = Field(0.1, description="learning rate at the top of the schedule")
+    momentum: Fraction = Field(0.9, description="sgd: momentum")
+    nesterov: bool = Field(False, description="sgd: Nesterov's momentum")
+    weight_decay: NonNegative = Field(5e-4, description="adamw: decoupled; else added to the gradient")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), strict=False, description="adam, adamw: the two averages")
+    eps: Positive = Field(1e-8, description="adam, adamw: added to the denominator")
 
 
 class Schedule(Section):
     """How the learning rate moves, after a linear warm-up from 0."""
 
-    name: Literal["cosine", "step", "constant"] = "cosine"
+    name: Literal["cosine", "step", "constant"] = Field("cosine", description="how the learning rate goes on")
     warmup_fraction: Fraction = Field(0.0, description="part of all optimizer steps spent warming up")
     milestones: tuple[Fraction, ...] = Field(
         (0.5, 0.75), strict=False, description="step: fractions of training after which the rate is multiplied by gamma"
@@ -53,8 +53,8 @@ class EarlyStop(Section):
 class Training(Section):
     """One run of the training loop; exactly one of `epochs` and `steps`."""
 
-    epochs: Positive | None = None
-    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    epochs: Positive | None = Field(None, description="passes over the training split; this or steps")
+    steps: int | None = Field(None, ge=1, description="optimizer steps; this or epochs")
     batch_size: int = Field(64, ge=1, description="examples an optimizer step and accumulation slice")
     accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged into one optimizer step")
     optimizer: Optimizer = Optimizer()
@@ -114,7 +114,8 @@ class Training(Section):
         """Whether the run is measured after its first `step` optimizer steps: by each interval of
         `evaluate_every`, and at the end."""
         interval = (self.evaluate_every or 1.0) * self.steps_per_epoch(examples)
-        return step == self.total_steps(examples) or int(step / interval) > int((step - 1) / interval)
+        passed, before = (int(done / interval + 1e-9) for done in (step, step - 1))  # 2.9999999999999996 are three
+        return step == self.total_steps(examples) or passed > before
 
 
 class Distillation(Section):

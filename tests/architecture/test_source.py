@@ -157,7 +157,14 @@ def test_no_file_names_the_machine_it_was_written_on_or_leaves_work_for_later() 
     words = re.compile(r"(?<![\w./])/(?:work|root|home)/|\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
     found: list[str] = []
     for path in committed_text():
-        if path == Path(__file__).resolve() or path.suffix in {".onnx", ".npz", ".parquet", ".safetensors", ".png"}:
+        if path == Path(__file__).resolve() or path.suffix in {
+            ".onnx",
+            ".npz",
+            ".parquet",
+            ".safetensors",
+            ".png",
+            ".xz",
+        }:
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if words.search(line):

@@ -213,6 +213,14 @@ def phrases(function: ast.FunctionDef) -> Iterator[str]:
                     yield words
 
 
+def test_every_test_that_the_page_on_reliability_names_is_there() -> None:
+    named = re.findall(r"`(test_[\w*]+\.py)`", PAGES["reliability.md"])
+    assert len(named) > 10
+    assert [name for name in named if not list((ROOT / "tests").rglob(name))] == []
+    folders = re.findall(r"`(tests/[\w/]+)`", PAGES["reliability.md"])
+    assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
+
+
 def test_every_column_of_the_layer_table_is_explained() -> None:
     from sparsify_deploy.layer_verdict import Known, chain
     from sparsify_deploy.tables import layer_table

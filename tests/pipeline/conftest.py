@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+
+HARNESS = Path(__file__).with_name("faults.py")
 
 RECIPE = """\
 version: 1
@@ -118,3 +123,50 @@ def digests_of(store: Path, skip: Sequence[str] = ("benchmark", "build_engine"))
 def digests() -> Callable[[Path], dict[str, dict[str, str]]]:
     """`digests_of`, for the tests."""
     return digests_of
+
+
+@pytest.fixture(scope="session")
+def faults() -> ModuleType:
+    """`faults.py` beside this file."""
+    spec = importlib.util.spec_from_file_location("faults", HARNESS)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def server() -> Iterator[Callable[[str], Callable[..., dict[str, Any]]]]:
+    """`server("small")` starts a fork server of `faults.py` and gives what makes one trial: `trial(RUN, **request)`."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(what: str) -> Callable[..., dict[str, Any]]:
+        child = subprocess.Popen(
+            [sys.executable, str(HARNESS), what],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        started.append(child)
+        assert child.stdin is not None
+        assert child.stdout is not None
+        to, of = child.stdin, child.stdout
+        assert of.readline() == "ready\n"
+
+        def trial(run: Path, **request: Any) -> dict[str, Any]:
+            to.write(json.dumps({"run": str(run), **request}) + "\n")
+            to.flush()
+            found: dict[str, Any] = json.loads(of.readline())
+            return found
+
+        return trial
+
+    yield start
+    for child in started:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.close()
+        child.wait(timeout=60)
+        child.stdout.close()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sparsify_deploy.artifacts import durable
 from sparsify_deploy.artifacts.digests import DigestCache
 from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.artifacts.store import Record
@@ -124,22 +125,27 @@ def test_a_disk_that_fills_up_in_a_report_leaves_the_old_one_whole(tmp_path, mon
     before = (run / name).read_bytes()
     recipe.write_text("version: 1\nseed: 2\n")
     fresh = RunReport("tiny", "now", {}, "accuracy", "higher", (), (), (), (), (), "Verdict: second.")
-    real = Path.write_text
+    real = durable.write
 
-    def fills_up(path: Path, text: str, *args: Any, **kw: Any) -> int:
-        if not path.name.startswith(name):
-            return real(path, text, *args, **kw)
-        real(path, text[: len(text) // 2], *args, **kw)
-        raise OSError(28, "No space left on device")
+    def fills_up(path: Path, pieces: Iterable[bytes]) -> None:
+        if path.name != name:
+            return real(path, pieces)
+        whole = b"".join(pieces)
+
+        def half() -> Iterator[bytes]:
+            yield whole[: len(whole) // 2]
+            raise OSError(28, "No space left on device")
+
+        return real(path, half())
 
     with monkeypatch.context() as full:
-        full.setattr(Path, "write_text", fills_up)
+        full.setattr(durable, "write", fills_up)
         with pytest.raises(OSError, match="No space"):
             publish(run, fresh, [outcome], recipe, DigestCache(tmp_path / "digests.json"))
     assert (run / name).read_bytes() == before
     publish(run, fresh, [outcome], recipe, DigestCache(tmp_path / "digests.json"))
     assert (run / name).read_bytes() != before
-    assert not list(run.rglob("*.partial*"))
+    assert not [path for path in run.rglob("*") if ".sparsify-" in path.name]
 
 
 def test_a_disk_that_fills_up_in_a_copied_engine_leaves_the_old_one_whole(tmp_path, monkeypatch):
@@ -149,18 +155,19 @@ def test_a_disk_that_fills_up_in_a_copied_engine_leaves_the_old_one_whole(tmp_pa
     engine = outcome.record.outputs["engine"]
     (engine / "model.xml").write_bytes(b"second")
     changed = Outcome(outcome.step, outcome_record(engine), True, "again")
-    real = shutil.copytree
+    real = durable.copy
 
-    def half(source: Path, folder: Path, *args: Any, **kw: Any) -> Path:
-        real(source, folder, *args, **kw)
-        (folder / "model.bin").unlink()
-        raise OSError(28, "No space left on device")
+    def fills_up(source: Path, copied: Path, sha256: str) -> None:
+        if source.name == "model.xml":
+            copied.write_bytes(b"se")
+            raise OSError(28, "No space left on device")
+        real(source, copied, sha256)
 
     with monkeypatch.context() as full:
-        full.setattr(shutil, "copytree", half)
+        full.setattr(durable, "copy", fills_up)
         with pytest.raises(OSError, match="No space"):
             publish(run, report, [changed], recipe, DigestCache(tmp_path / "digests.json"))
     assert file_digest(target) == before
     publish(run, report, [changed], recipe, DigestCache(tmp_path / "digests.json"))
     assert file_digest(target) == file_digest(engine)
-    assert not list(run.rglob("*.partial*"))
+    assert not [path for path in run.rglob("*") if ".sparsify-" in path.name]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sparsify_deploy import recipe_source
+from sparsify_deploy.artifacts import durable
 from sparsify_deploy.errors import DataError, Interrupted, ModelError
 from sparsify_deploy.plan import plan
 from sparsify_deploy.quantization import int8
@@ -238,11 +239,11 @@ def test_what_is_on_disk_is_not_measured_again_unless_the_machine_differs(stage,
     )
     run(stage, start, out)
     assert not calls
-    kept = json.loads((out / PARTIAL).read_text())
+    kept: Any = durable.read_json(out / PARTIAL)
     total = len(kept["found"])
     kept["environment"]["threads"] += 1
     kept["found"]["as it stands"] = [0.0, 0.0]
-    (out / PARTIAL).write_text(json.dumps(kept))
+    durable.write_json(out / PARTIAL, kept)
     watch = Watch(10**6)
     run(stage, start, out, Context(progress=watch))
     assert len(calls) == total

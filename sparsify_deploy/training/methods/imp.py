@@ -97,6 +97,7 @@ def train(trainer: Trainer, mask: Mask | None, params: Params, density: float | 
     On disk are the rewind point and the level at work; the one before goes once it is done.
     """
     from sparsify_deploy.sparsity.mask import Mask as AnyMask
+    from sparsify_deploy.training import checkpoint
     from sparsify_deploy.training.updater import Dense, HoldMask
 
     if trainer.settings.chooses:
@@ -129,7 +130,7 @@ def train(trainer: Trainer, mask: Mask | None, params: Params, density: float | 
             trainer.fit(updater, label, start=k, constant_rate=low, measured=True)
             held = updater.mask  # a level gone on with brings its own
         for before in labels[:level]:
-            trainer.checkpoint(before).unlink(missing_ok=True)
+            checkpoint.delete(trainer.checkpoint(before))
     return held
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,11 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The paths that were really read."""
     read: list[Path] = []
 
-    def counting(path: Path) -> str:
-        read.append(path)
-        return file_digest(path)
+    def counting(paths: Sequence[Path], single: object = None) -> list[str]:
+        read.extend(paths)
+        return [file_digest(path) for path in paths]
 
-    monkeypatch.setattr(digests, "file_digest", counting)
+    monkeypatch.setattr(digests, "file_digests", counting)
     return read
 
 

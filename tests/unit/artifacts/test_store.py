@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from sparsify_deploy.artifacts import durable
 from sparsify_deploy.artifacts.fingerprint import digest
 from sparsify_deploy.artifacts.store import ArtifactStore, Record, changes, explained
 from sparsify_deploy.errors import CorruptArtifact, Locked, OutOfResources, UsageError
@@ -42,7 +42,7 @@ def committed(store: ArtifactStore, parts: dict[str, Any] = PARTS, text: str = "
     return store.commit("train", parts, OUTPUTS, {"accuracy": 0.5}, 1.23456)
 
 
-ASIDE = (".lock", "digests.json")
+ASIDE = (".lock", "digests.json", "layout.json")
 """Files of the store that hold no result."""
 
 
@@ -84,7 +84,7 @@ def test_an_attempt_goes_on_in_the_same_folder(tmp_path: Path) -> None:
     again = store.begin("train", PARTS)
     assert again == first
     assert (again / "step-7.pt").read_text() == "7"
-    assert json.loads((again / "parts.json").read_text()) == PARTS
+    assert durable.read_json(again / "parts.json") == PARTS
 
 
 def test_an_attempt_that_goes_on_is_not_taken_for_finished(tmp_path: Path) -> None:
@@ -151,10 +151,10 @@ def test_bytes_are_read_once_a_process(tmp_path: Path, monkeypatch: pytest.Monke
     committed(maker)
     assert store.find("train", PARTS) is not None
 
-    def fail(path: Path) -> str:
-        raise AssertionError(f"{path} was read again")
+    def fail(paths: list[Path], single: object = None) -> list[str]:
+        raise AssertionError(f"{paths} were read again")
 
-    monkeypatch.setattr("sparsify_deploy.artifacts.digests.file_digest", fail)
+    monkeypatch.setattr("sparsify_deploy.artifacts.digests.file_digests", fail)
     assert store.find("train", PARTS) is not None
     assert maker.find("train", PARTS) is not None
     with pytest.raises(AssertionError, match="read again"):
@@ -187,7 +187,7 @@ def test_reasons(tmp_path: Path) -> None:
     store.discard("train", PARTS)
     assert store.reason("sparse/train", PARTS) == "its result is gone from the store"
     (tmp_path / "last" / "sparse.train.json").write_text("{")
-    assert store.reason("sparse/train", PARTS) == "first time"
+    assert "sparse.train.json, which says what it was made from, cannot be read" in store.reason("sparse/train", PARTS)
 
 
 def test_remembering_the_same_again_writes_nothing(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_remembering_the_same_again_writes_nothing(tmp_path: Path) -> None:
     store.remember("sparse/train", PARTS)
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     store.remember("sparse/train", OTHER)
-    assert json.loads(path.read_text()) == OTHER
+    assert durable.read_json(path) == OTHER
 
 
 def test_changes_names_leaves_and_counts_the_rest() -> None:
@@ -251,7 +251,7 @@ def test_order_of_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert events[-2:] == [("rename", final), ("fsync", ".")]
     before = events[:-2]
     manifest_in_place = before.index(("replace", f"{partial}/manifest.json"))
-    assert before.index(("fsync", f"{partial}/manifest.json.new")) < manifest_in_place
+    assert before.index(("fsync", f"{partial}/.manifest.json{durable.NEW}")) < manifest_in_place
     for path in ("weights.bin", "engine/net.xml", "engine/net.bin", "engine", "deep/er/mask.bin", "deep/er", "deep"):
         assert before.index(("fsync", f"{partial}/{path}")) < manifest_in_place, path
     assert before[-1] == ("fsync", partial)
@@ -350,8 +350,27 @@ def test_kill_9_at_random_moments_leaves_only_whole_commits(tmp_path: Path) -> N
                 assert sorted(p.name for p in record.folder.iterdir()) == ["a.bin", "b", "manifest.json"]
         with store.lock():
             assert not [p for p in tmp_path.glob("*.partial") if (p / "manifest.json").exists()]
-            assert not list(tmp_path.glob("*.discarded"))
+            assert not list(tmp_path.rglob(f".*{durable.OLD}"))
+            assert not list(tmp_path.rglob(f".*{durable.NEW}"))
     assert whole >= rounds, "each round left at least its first commit"
+
+
+def test_what_a_killed_process_left_half_written_is_swept_when_the_store_is_locked_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    store = ArtifactStore(tmp_path)
+    partial = store.begin("train", PARTS)
+    store.remember("sparse/train", PARTS)
+    (partial / "inner").mkdir()
+    ours = [tmp_path, tmp_path / "last", partial, partial / "inner"]
+    for folder in ours:
+        (folder / f".left{durable.NEW}").write_text("half")
+        (folder / "kept.tmp").write_text("whoever's")
+    with ArtifactStore(tmp_path).lock():
+        pass
+    for folder in ours:
+        assert not (folder / f".left{durable.NEW}").exists()
+        assert (folder / "kept.tmp").exists()
 
 
 # -- the lock

@@ -101,6 +101,20 @@ def test_behind_a_relu_it_leaves_none() -> None:
     np.testing.assert_array_equal(run(made, X), np.maximum(X, 0))
 
 
+@pytest.mark.parametrize(("least", "kinds"), [(-1.0, ["Clip", "Relu", "Identity"]), (0.0, ["Clip", "Identity"])])
+def test_behind_a_clip_it_leaves_one_where_the_clip_lets_negatives_through(least: float, kinds: list[str]) -> None:
+    nodes = [
+        helper.make_node("Clip", ["x", "least", "most"], ["c"], "clip"),
+        helper.make_node("QuantizeLinear", ["c", "s", "z"], ["q"], "q"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"], "d"),
+    ]
+    bounds = {"least": np.float32(least), "most": np.float32(6)}
+    made = model(nodes, {"s": np.float32(0.03), "z": np.uint8(0), **bounds})
+    without_quantizers_(made)
+    assert [node.op_type for node in made.graph.node] == kinds
+    np.testing.assert_array_equal(run(made, X), np.clip(X, 0, 6))
+
+
 def test_what_moves_integers_about_moves_floats() -> None:
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "q"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from sparsify_deploy.errors import ModelError
@@ -184,6 +185,19 @@ def test_the_first_misfit_in_order_is_named(tmp_path: Path) -> None:
     )
     del state["head.bias"]
     assert refused(net(), save(state, tmp_path / "w.pt"), match="order").endswith("it holds 7 tensors, the model has 8")
+
+
+def test_a_file_that_sorts_its_tensors_has_no_order(tmp_path: Path) -> None:
+    """Twelve equal layers fit by shape, but the third of a .safetensors is layer 10."""
+    layers = [nn.Linear(3, 3, bias=False) for _ in range(12)]
+    source = nn.ModuleDict({f"layer{i}": layer for i, layer in enumerate(layers)})
+    path = tmp_path / "w.safetensors"
+    save_file(source.state_dict(), path)
+    model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(12)))
+    assert refused(model, path, match="order").startswith("a .safetensors file holds its tensors sorted by name")
+    assert "order" not in refused(model, path)
+    load_checkpoint(model, save(source.state_dict(), tmp_path / "w.pt"), match="order")
+    assert all(torch.equal(model[i].weight, layer.weight) for i, layer in enumerate(layers))
 
 
 # -- with objects --------------------------------------------------------------------------------------------------

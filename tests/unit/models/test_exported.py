@@ -179,3 +179,40 @@ def test_only_what_torch_fx_cannot_follow_takes_this_way(model: nn.Module) -> No
     assert note.startswith("Sliced cannot be traced")
     assert "torch.export made of it" in note
     assert isinstance(trace(module), fx.GraphModule)
+
+
+class Attending(nn.Module):
+    """Fused attention that drops weights, with a branch that torch.fx cannot take."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.table, self.query, self.key = nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.kind = kind
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        given: dict[str, Any] = {"scale": 0.7} if self.kind == "scaled" else {}
+        if ids.size(1) > 0 and self.kind in ("bool", "float"):
+            seen = (ids > 5)[:, None, :]
+            hidden = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -1e4)
+            given["attn_mask"] = seen if self.kind == "bool" else hidden
+        rate = 0.3 if self.training else 0.0
+        return functional.scaled_dot_product_attention(self.query(x), self.key(x), x, dropout_p=rate, **given).mean(1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "scaled", "bool", "float"])
+def test_fused_attention_drops_weights_in_training_alone(kind: str) -> None:
+    def ids(count: int, length: int) -> Tensor:
+        return torch.randint(1, 50, (count, length), generator=torch.Generator().manual_seed(length))
+
+    torch.manual_seed(0)
+    network = Attending(kind)
+    found = export(network, {"ids": ids(2, 8)}, [{"ids": ids(3, 5)}, {"ids": ids(1, 8)}], free={"ids": (0, 1)})
+    assert found.dropouts == {"dropout_0": 0.3}
+    module, x = found.over(network), ids(16, 7)
+    with torch.no_grad():
+        drawn = [torch.stack([each(x) for _ in range(400)]) for each in (network.train(), module.train())]
+        assert torch.allclose(module.eval()(x), network.eval()(x), atol=1e-6)
+    assert torch.allclose(drawn[0].mean(0), drawn[1].mean(0), atol=0.05)
+    assert torch.allclose(drawn[0].std(0).mean(), drawn[1].std(0).mean(), rtol=0.05)
+    assert drawn[1].std(0).mean() > 0.01

@@ -220,6 +220,31 @@ def test_state_of_other_settings_is_refused(net, batches):
         int8.load_(quantized, wrong)
 
 
+@pytest.mark.parametrize(("weight", "bias"), [(1e-9, 2.0), (1e-9, -2.0), (0.0, 2.0)])
+def test_a_channel_of_next_to_no_weights_keeps_its_bias_in_integers(batches, tmp_path, weight, bias):
+    """ONNX Runtime makes INT32 of a bias, in steps of both scales: 2.0 is 5e13 steps of a channel switched off."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 6), nn.Flatten())
+    with torch.no_grad():
+        net[1].weight[[3, 4]] *= 1e-9
+        net[1].weight[3] = weight
+        net[1].bias[[3, 4]] = torch.tensor([bias, 0.0])
+    quantized = int8.prepare(net, Int8Settings())
+    before = net[1].weight.abs().amax((1, 2, 3))
+    notes = int8.calibrate_(quantized, batches, ("x",))
+    ranges = int8.state(quantized)["1.weight_quantizer._amax"].flatten()
+    assert torch.equal(ranges[[0, 1, 2, 4, 5, 6, 7]], before[[0, 1, 2, 4, 5, 6, 7]])
+    path = tmp_path / "net.onnx"
+    export(quantized.module, batches[0], ("x",), path)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    x = batches[0]["x"]
+    with torch.no_grad():
+        wanted, plain = quantized.module(x).numpy(), net(x).numpy()
+    np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], wanted, atol=0.02 * np.abs(wanted).max())
+    np.testing.assert_allclose(wanted, plain, atol=0.1 * np.abs(plain).max())
+    assert notes.faint_channels == {"1": 1}
+
+
 def test_a_wholly_pruned_channel_gets_a_scale_and_keeps_its_zeros(net, batches, tmp_path):
     with torch.no_grad():
         net.layer1[0].weight[[2, 5]] = 0

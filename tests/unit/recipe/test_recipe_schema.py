@@ -55,3 +55,12 @@ def test_each_menu_entry_brings_the_schema_of_its_own_params() -> None:
             default = section.model_fields[key].default
             assert rule["if"].get("required") == (None if name == default else [key])
             assert rule["then"].get("required") == (["params"] if own.get("required") else None)
+
+
+def test_every_setting_says_what_it_is() -> None:
+    """But a section, which its own text describes, and an override, whose fields are those of what it overrides."""
+    found = schema()
+    for name, part in {"the recipe": found, **found["$defs"]}.items():
+        for key, setting in part.get("properties", {}).items():
+            is_section = next(_references(setting), None) is not None
+            assert "Override" in name or is_section or setting.get("description"), f"{name}.{key} has no description"

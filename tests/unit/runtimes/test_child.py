@@ -30,6 +30,9 @@ def refuse(request): raise errors.ModelError("node 'x' is odd: drop it")
 def extra(request): raise errors.MissingExtra("openvino", "cpu", "building")
 def bug(request): return {}["nothing"]
 def memory(request): raise MemoryError
+def bad_alloc(request):
+    os.write(2, b"terminate called after throwing an instance of 'std::bad_alloc'\\n")
+    os.abort()
 """
 
 
@@ -66,8 +69,13 @@ def test_a_segfault_is_a_message(functions):
 
 
 def test_a_killed_child_points_at_memory(functions):
-    with pytest.raises(NativeCrash, match=r"SIGKILL.*memory"):
+    with pytest.raises(OutOfResources, match=r"SIGKILL.*memory"):
         call(functions + "killed")
+
+
+def test_last_words_on_memory_are_spent_memory(functions):
+    with pytest.raises(OutOfResources, match=r"crashed \(SIGABRT\).*it last said: .*bad_alloc"):
+        call(functions + "bad_alloc")
 
 
 def test_an_exit_without_answer_carries_its_last_words(functions):

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from sparsify_deploy import usercode
+from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import DataError, ModelError, SparsifyError
 from sparsify_deploy.recipe import Recipe
 from sparsify_deploy.stages.subject import Subject, TrustedSubject
@@ -196,4 +198,7 @@ def test_a_pickle_is_loaded_for_those_who_trust_it(subject, tmp_path) -> None:
     with pytest.raises(ModelError) as caught:
         subject(checkpoint="w.pt").check_network()
     assert line(caught, tmp_path).endswith("add --trust-code")
+    with pytest.raises(ModelError, match="add --trust-code"):  # trusted, and nobody was shown this file
+        subject(checkpoint="w.pt", kind=TrustedSubject).check_network()
+    usercode.approve(tmp_path / "w.pt", file_digest(tmp_path / "w.pt"))
     assert subject(checkpoint="w.pt", kind=TrustedSubject).loaded.unpickled

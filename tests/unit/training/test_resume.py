@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsify_deploy.artifacts import durable
 from sparsify_deploy.errors import CorruptArtifact, EnvironmentProblem, Interrupted, OutOfResources, UsageError
 from sparsify_deploy.training import checkpoint
 from sparsify_deploy.training.methods import rigl
@@ -106,7 +107,7 @@ def test_checkpointing_changes_nothing(tiny, tmp_path):
     settings = tiny.settings()
     often = run(tiny, tmp_path / "often", settings, "rigl", checkpoint_every_s=0.0)
     same(tiny, run(tiny, tmp_path / "never", settings, "rigl"), often)
-    assert sorted(p.name for p in (tmp_path / "often").iterdir()) == ["train.checkpoint"]
+    assert sorted(p.name for p in (tmp_path / "often").iterdir()) == ["train.checkpoint", "train.checkpoint.before"]
 
 
 SCRIPT = """
@@ -159,7 +160,7 @@ def test_a_killed_process_goes_on_bit_for_bit(tiny, tmp_path, where, step):
         capture_output=True, text=True, check=False, timeout=120, env=environment,
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert (folder / "train.checkpoint.tmp").exists() == (where == "in a write")
+    assert (folder / f".train.checkpoint{durable.NEW}").exists() == (where == "in a write")
 
     def rigl_named_as_in_the_script(where, **context):
         trainer = tiny.trainer(where, context=Context(**context), augment=("crop", "flip"))
@@ -170,7 +171,7 @@ def test_a_killed_process_goes_on_bit_for_bit(tiny, tmp_path, where, step):
     resumed = rigl_named_as_in_the_script(folder)
     assert resumed[2].resumed_from == step
     same(tiny, rigl_named_as_in_the_script(tmp_path / "whole"), resumed)
-    assert [p.name for p in folder.iterdir()] == ["train.checkpoint"]
+    assert sorted(p.name for p in folder.iterdir()) == ["train.checkpoint", "train.checkpoint.before"]
 
 
 def test_a_finished_fit_is_loaded_and_not_repeated(tiny, tmp_path):
@@ -245,6 +246,40 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutOfResources, match=r"a.checkpoint: No space left on device; free some space"):
         checkpoint.write(path, {"step": 2})
+    assert checkpoint.read(path) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.checkpoint"]
+
+
+def test_the_checkpoint_before_the_last_takes_its_place_where_that_is_gone_and_never_where_it_is_damaged(tmp_path):
+    path = tmp_path / "a.checkpoint"
+    for step in (1, 2, 3):
+        checkpoint.write(path, {"step": step})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.checkpoint", "a.checkpoint.before"]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(CorruptArtifact, match=r"delete that file .*: it goes on from a\.checkpoint\.before"):
+        checkpoint.read(path)
+    path.unlink()
+    assert checkpoint.read(path) == {"step": 2}
+    path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CorruptArtifact, match="cannot be read"):
+        checkpoint.read(path)
+    checkpoint.delete(path)
+    assert checkpoint.read(path) is None
+
+
+def test_a_disk_that_gives_other_bytes_back_is_noticed_before_the_last_checkpoint_is_replaced(tmp_path, monkeypatch):
+    path = tmp_path / "a.checkpoint"
+    checkpoint.write(path, {"step": 1})
+
+    def rotting(file):
+        file.flush()
+        os.pwrite(file.fileno(), b"x", 200)
+
+    monkeypatch.setattr(durable, "flush", rotting)
+    with pytest.raises(EnvironmentProblem, match="gave back other bytes"):
+        checkpoint.write(path, {"step": 2})
+    monkeypatch.undo()
     assert checkpoint.read(path) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.checkpoint"]
 

@@ -17,7 +17,7 @@ from sparsify_deploy.training.choosing import Choice
 from sparsify_deploy.training.evaluation import evaluate
 from sparsify_deploy.training.methods import gradual, imp, rigl, snfs, sr_ste, ste
 from sparsify_deploy.training.methods import set as set_
-from sparsify_deploy.training.settings import EMA, EarlyStop, TrainingOverride
+from sparsify_deploy.training.settings import EMA, EarlyStop, Training, TrainingOverride
 from sparsify_deploy.training.updater import Dense, HoldMask
 from sparsify_deploy.types import Context
 
@@ -445,3 +445,12 @@ def test_a_stage_can_turn_each_of_them_on_and_off(tiny):
 def test_measurements_come_by_epochs_and_at_the_end(tiny, settings, expected):
     training = tiny.settings(**settings)
     assert [s for s in range(1, training.total_steps(37) + 1) if training.measured_after(s, 37)] == expected
+
+
+def test_a_part_of_an_epoch_is_measured_at_its_own_step_and_not_at_the_next():
+    for tenths in range(1, 40):
+        for examples in range(10, 60, 10):
+            training = Training(epochs=5, batch_size=1, evaluate_every=tenths / 10)
+            found = [step for step in range(1, 5 * examples + 1) if training.measured_after(step, examples)]
+            every = tenths * examples // 10
+            assert found == sorted({*range(every, 5 * examples + 1, every), 5 * examples})

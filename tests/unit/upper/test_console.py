@@ -13,7 +13,7 @@ import pytest
 
 from sparsify_deploy import console
 from sparsify_deploy.deploy import Benched, Built, Inspected
-from sparsify_deploy.doctor import Finding
+from sparsify_deploy.findings import Finding
 from sparsify_deploy.layer_verdict import Known, chain
 from sparsify_deploy.pipeline import Status
 from sparsify_deploy.plan import plan

@@ -1,4 +1,4 @@
-"""The first signal asks, the second SIGINT insists, and the handlers of before come back.
+"""A signal ends the work, at once or at a safe point, and the handlers of before come back.
 
 Signals are sent to a child: what other tests loaded into this process may have left a signal stack of its own.
 """
@@ -17,7 +17,7 @@ from sparsify_deploy.interrupt import stoppable
 
 HEAD = """\
 import os, signal
-from sparsify_deploy.interrupt import stoppable
+from sparsify_deploy.interrupt import at_safe_points, stoppable
 
 def send(number):
     os.kill(os.getpid(), number)
@@ -33,31 +33,64 @@ def child(program: str, *arguments: str) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
-def test_a_signal_asks_to_stop_and_raises_nothing(number: str) -> None:
+def test_a_signal_ends_the_work_at_once_and_names_the_step(number: str) -> None:
     program = f"""
-with stoppable() as asked:
-    print(asked())
-    send(signal.{number})
-    print(asked())
-    send(signal.SIGTERM)
-    print(asked())
+from sparsify_deploy import watch
+from sparsify_deploy.errors import Interrupted
+try:
+    with stoppable(), watch.step("sparse/benchmark"):
+        try:
+            send(signal.{number})
+        except Exception:
+            print("a library swallowed it")
+        print("not here")
+except Interrupted as error:
+    print(error.exit_code, error)
 """
-    assert child(program) == (0, ["False", "True", "True"])
+    said = "75 stopped in sparse/benchmark; what is finished is kept, the same command goes on from here"
+    assert child(program) == (0, [said])
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
-def test_a_sigint_after_it_raises_at_once(number: str) -> None:
+def test_at_safe_points_a_signal_only_asks_and_what_nobody_asked_for_ends_with_the_block(number: str) -> None:
     program = f"""
+from sparsify_deploy.errors import Interrupted
+from sparsify_deploy.interrupt import at_safe_points
 try:
     with stoppable() as asked:
+        with at_safe_points():
+            print(asked())
+            send(signal.{number})
+            print(asked())
+            send(signal.SIGTERM)
+            with at_safe_points():
+                pass
+            print("still here")
+        print("not here")
+except Interrupted as error:
+    print(error)
+with stoppable() as asked, at_safe_points():
+    print(asked())
+"""
+    said = "stopped; what is finished is kept, the same command goes on from here"
+    assert child(program) == (0, ["False", "True", "still here", said, "False"])
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_sigint_after_it_ends_also_what_polls(number: str) -> None:
+    program = f"""
+from sparsify_deploy.errors import Interrupted
+from sparsify_deploy.interrupt import at_safe_points
+try:
+    with stoppable() as asked, at_safe_points():
         send(signal.{number})
         print("still here")
         send(signal.SIGINT)
         print("not here")
-except KeyboardInterrupt:
-    print("raised")
+except Interrupted:
+    print("ended")
 """
-    assert child(program) == (0, ["still here", "raised"])
+    assert child(program) == (0, ["still here", "ended"])
 
 
 def test_a_signal_after_a_race_in_openvino_still_asks_to_stop(tmp_path: Path) -> None:
@@ -77,9 +110,11 @@ model = Path(sys.argv[1]) / "net.onnx"
 onnx.save(helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)]), model)
 timing = dict(batch_sizes=(1,), threads=1, rounds=5, round_ms=1.0, trust=False, progress=Silent())
 deploy.bench([model], runtime="openvino", **timing)
-with stoppable() as asked:
+with stoppable() as asked, at_safe_points():
     send(signal.SIGINT)
     print(asked())
+    sys.stdout.flush()
+    os._exit(0)
 """
     assert child(program, str(tmp_path)) == (0, ["True"])
 

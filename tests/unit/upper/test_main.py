@@ -51,7 +51,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 def made(cls: type[SparsifyError]) -> SparsifyError:
     if cls is RecipeError:
         return RecipeError(["r.yaml:1:2: a: b, c", "r.yaml:3:4: d: e, f"])
-    return MissingExtra("torch", "train", "training") if cls is MissingExtra else cls("what, where\nand more")
+    return MissingExtra("torch", "train", "training") if cls is MissingExtra else cls("what, where", "and more")
 
 
 def test_the_table_of_exit_codes_is_whole() -> None:
@@ -86,7 +86,9 @@ class OutOfMemoryError(RuntimeError):
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (MemoryError(), 7, "out of memory: use a smaller"),
+        (MemoryError(), 7, "GiB: use a smaller batch (training.batch_size)"),
+        (RuntimeError("std::bad_alloc"), 7, "out of memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 7, "out of memory"),
         (OutOfMemoryError("CUDA"), 7, "out of memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 7, "out of memory"),
         (OSError(errno.ENOSPC, "No space left", "/data/x"), 7, "/data/x: the disk is full"),
@@ -133,6 +135,15 @@ def test_an_interrupt_that_reaches_main_is_75_and_a_line(monkeypatch: pytest.Mon
     assert capsys.readouterr().err == (
         "sparsify-deploy: interrupted; what is finished is kept, the same command goes on\n"
     )
+
+
+@pytest.mark.parametrize("code", [None, 0, 3])
+def test_code_of_a_recipe_that_exits_does_not_end_well(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture, code: int | None
+) -> None:
+    failing(monkeypatch, SystemExit(code))
+    assert main(["version"]) == 5
+    assert f"ended the program (sys.exit({code}))" in capsys.readouterr().err
 
 
 def piped(arguments: list[str], stdout: int) -> subprocess.CompletedProcess[bytes]:

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sparsify_deploy import console, deploy, package, predict
 from sparsify_deploy.__main__ import main
+from sparsify_deploy.artifacts import durable
 from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import CorruptArtifact, DataError, MissingExtra, RuntimeUnavailable, UsageError
 from sparsify_deploy.preprocessing.spec import ArrayInput, ArraySpec, ImageSpec, Spec, TextSpec
@@ -98,9 +99,9 @@ def packed(tmp_path: Path) -> Make:
 def seal(folder: Path, **note: Any) -> None:
     """Write the note of a folder, with the hashes of what is there."""
     path = folder / "deploy.json"
-    known = json.loads(path.read_text()) if path.exists() else {"format": package.FORMAT}
+    known = durable.read_json(path) if path.exists() else {"format": package.FORMAT}
     hashes = {p.name: file_digest(p) for p in folder.iterdir() if p != path}
-    path.write_text(json.dumps({**known, "sha256": hashes, **note}), encoding="utf-8")
+    durable.write_json(path, {**known, "sha256": hashes, **note})
 
 
 @pytest.fixture
@@ -215,7 +216,7 @@ def test_a_folder_that_is_no_package_is_told_apart(packed: Make, pictures: list[
     [
         ("", CorruptArtifact, "cannot be read"),
         ("[]", CorruptArtifact, "cannot be read"),
-        ('{"format": 1}', DataError, "format 1, this program reads 2: run the recipe again"),
+        ('{"format": 1}', DataError, "format 1, this program reads 3: run the recipe again"),
         ('{"format": 2}', CorruptArtifact, "does not list what a deployed model has"),
     ],
 )
@@ -228,9 +229,9 @@ def test_a_damaged_note_is_named(packed: Make, text: str, error: type[Exception]
 
 def test_names_in_a_note_stay_in_the_folder(packed: Make) -> None:
     folder = packed()
-    note = json.loads((folder / "deploy.json").read_text())
+    note = durable.read_json(folder / "deploy.json")
     note["sha256"]["../net.onnx"] = file_digest(folder.parent / "net.onnx")
-    (folder / "deploy.json").write_text(json.dumps({**note, "engine": "../net.onnx"}))
+    durable.write_json(folder / "deploy.json", {**note, "engine": "../net.onnx"})
     with pytest.raises(CorruptArtifact, match="does not list what a deployed model has"):
         package.read(folder)
 

@@ -59,6 +59,9 @@ class Subject:
 
     timed_arrays = test_arrays
 
+    def answers(self, outputs: Any) -> None:
+        """Its task does not say which outputs are answers."""
+
 
 @pytest.fixture
 def net(tmp_path: Path) -> Callable[..., Path]:

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import inspect
 import pkgutil
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -524,3 +525,149 @@ def test_a_file_that_is_gone_is_a_line_that_names_it(recipe: Make, prints: Print
 
 def test_each_section_that_names_an_entry_is_in_the_table_this_test_walks() -> None:
     assert {which for which, _ in MENU_SECTIONS.values()} == set(menu.MENUS)
+
+
+# -- which steps run again -----------------------------------------------------------------------------------------
+
+LINES = {
+    "dense": ("train", "train.report", "fine_tune", "fine_tune.report", "quantize", "quantize.report", "export_onnx"),
+    "sparse": (
+        *("init_mask", "train", "train.report", "project_nm", "project_nm.report", "quantize", "quantize.report"),
+        "export_onnx",
+    ),
+}
+ENGINE, RACE = "build_engine.openvino", "benchmark/openvino"
+
+
+def since(dense: str | None, sparse: str | None, *more: str) -> set[str]:
+    """The steps of each branch from one on, None: none of it, and the race of their engines; with `more`."""
+    found = {RACE, *more}
+    for branch, first in (("dense", dense), ("sparse", sparse)):
+        if first is not None:
+            line = (*LINES[branch], ENGINE)
+            found |= {f"{branch}/{step}" for step in line[line.index(first) :]}
+    return found
+
+
+REPORTS = {f"{branch}/{step}" for branch, line in LINES.items() for step in line if step.endswith(".report")}
+ENGINES = since(ENGINE, ENGINE)
+EVERY = since("train", "init_mask")
+TRAINED = since("train", "train")
+NOTHING: set[str] = set()
+
+RUNS_AGAIN: dict[str, set[str]] = {
+    **dict.fromkeys(("version", "name", "threads", "store"), NOTHING),
+    **{f"gates.{x}": NOTHING for x in ("metric", "max_drop", "min_speedup", "min_sparsity", "min_predicted_speedup")},
+    **{f"prediction.{field}": NOTHING for field in ("gpus", "batch_sizes")},
+    **dict.fromkeys(("seed", "training"), EVERY),
+    **{f"model.{x}": EVERY for x in ("source", "params", "checkpoint", "checkpoint_match", "checkpoint_partial")},
+    **{f"data.{field}": EVERY for field in ("source", "params", "augment")},
+    **{f"task.{field}": EVERY for field in ("name", "params")},
+    "sparsity": since(None, "init_mask"),
+    "dense_branch": {RACE},
+    "training.batch_size": EVERY,
+    **{f"training.{field}": TRAINED for field in ("epochs", "steps", "accumulate", "optimizer", "schedule")},
+    **{f"training.{field}": TRAINED for field in ("clip_norm", "precision", "ema", "channels_last", "compile")},
+    **{f"training.{field}": TRAINED for field in ("mixup", "cutmix", "keep", "early_stop", "evaluate_every")},
+    "init": since(None, "train"),
+    **{f"init.{field}": since(None, "init_mask") for field in ("criterion", "params", "allocation", "keep_dense")},
+    **{f"init.{field}": since(None, "init_mask") for field in ("pattern", "batches", "samples_per_class")},
+    "train": since("fine_tune", "project_nm", "dense/model.report"),
+    **{f"train.{field}": since(None, "train") for field in ("method", "params")},
+    "train.training": TRAINED,
+    "nm": since("quantize", "quantize"),
+    **{f"nm.{x}": since(None, "project_nm") for x in ("pattern", "via", "permute", "fill", "fill_batches", "layers")},
+    "nm.keep_dense": since(None, "project_nm"),
+    "nm.keep_worst_dense": since(None, "project_nm", "sparse/sensitivity"),
+    "nm.fine_tune": since("fine_tune", "project_nm"),
+    "quantize": since("export_onnx", "export_onnx"),
+    **{f"quantize.{x}": since("quantize", "quantize") for x in ("calibration_batches", "calibration_data", "qat")},
+    **{f"quantize.{x}": since("quantize", "quantize") for x in ("keep_float", "residual", "concat", "pooling")},
+    **{f"quantize.{field}": since("quantize", "quantize") for field in ("attention", "stream")},
+    "distillation": since("fine_tune", "project_nm"),
+    **{f"distillation.{x}": since("fine_tune", "project_nm") for x in ("teacher", "temperature", "weight", "features")},
+    "distillation.phases": since("fine_tune", "project_nm"),
+    **{
+        f"export.{x}": REPORTS | since("export_onnx", "export_onnx") for x in ("opset", "int8_weights", "dynamic_batch")
+    },
+    **{f"export.{x}": REPORTS | since("export_onnx", "export_onnx") for x in ("parity_examples", "min_top1_agreement")},
+    "export.max_relative_difference": REPORTS | since("export_onnx", "export_onnx"),
+    "deploy.runtime": REPORTS
+    | {"dense/build_engine.openvinox", "sparse/build_engine.openvinox", "benchmark/openvinox"},
+    "deploy.params": REPORTS | ENGINES,
+    "deploy.flavour": ENGINES | {"dense/export_onnx.onnxruntime", "sparse/export_onnx.onnxruntime"},
+    "deploy.triton": NOTHING,
+    "deploy": {RACE},
+    **{f"benchmark.{x}": REPORTS | {RACE} for x in ("batch_sizes", "rounds", "round_ms", "warmup_ms", "threads")},
+}
+"""Each field of a recipe, and every step that runs again when it changes, the steps after it included.
+
+What is measured after a stage depends on how it is exported and timed; the training of a stage on neither.
+"""
+
+ONE_BY_ONE: dict[str, set[str]] = {
+    ".nm.fine_tune=None": since("quantize", "project_nm"),
+    ".nm.fine_tune.optimizer={}": since(None, "project_nm"),
+    ".nm.fine_tune.schedule={}": since(None, "project_nm"),
+    ".train.training.optimizer={}": NOTHING,
+    ".train.training.schedule={}": NOTHING,
+    ".distillation.phases[0]": since("quantize", "quantize"),
+}
+"""Values of a field that are a case of their own."""
+
+
+def field_of(path: str) -> str:
+    """`.training.optimizer.lr` is of the field training.optimizer, `.init=None` of init."""
+    section, *inner = path.lstrip(".").split(".")
+    name = re.split(r"[\[+=]|reversed", section)[0]
+    return ".".join([name, *(re.split(r"[\[+=]|reversed", part)[0] for part in inner[:1])])
+
+
+def fields_of_a_recipe() -> set[str]:
+    """The fields of the schema, two levels deep; deeper ones belong to these."""
+    found = set()
+    for name, info in Recipe.model_fields.items():
+        kinds = [kind for arg in union(info.annotation) for kind in (arg, *(union(x)[0] for x in get_args(arg)))]
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        found |= {f"{name}.{field}" for kind in inner for field in kind.model_fields} or {name}
+    return found
+
+
+def run_again(prints: Prints, before: Recipe, after: Recipe) -> set[str]:
+    """The steps of `after` that run where all of `before` is in the store, if what runs gives other bytes."""
+
+    def digests(recipe: Recipe) -> dict[str, str]:
+        steps, records, found = plan(recipe).steps, dict[str, Record](), {}
+        for step in steps:
+            found[step.id] = digest(prints.parts(step, records))
+            (record,) = records_for((step,)).values()
+            made = {name: hashlib.sha256(f"{found[step.id]}:{name}".encode()).hexdigest() for name in record.digests}
+            records[step.id] = dataclasses.replace(record, digests=made)
+        return found
+
+    known = set(digests(before).values())
+    return {step for step, fingerprint in digests(after).items() if fingerprint not in known}
+
+
+def test_each_field_of_a_recipe_changed_in_turn_runs_exactly_the_listed_steps_again(
+    recipe: Make, prints: Prints, tmp_path: Path
+) -> None:
+    start = recipe(data={"source": "npz", "params": {"path": tmp_path / "data.npz"}})
+    tried = dict(others(start, Recipe, tmp_path))
+    wrong = {}
+    for path, changed in tried.items():
+        if path in (".data=None", ".deploy+1"):  # a recipe without data, or with one target twice, is none
+            continue
+        expected = ONE_BY_ONE.get(path, RUNS_AGAIN.get(field_of(path)))
+        if (found := run_again(prints, start, changed)) != expected:
+            wrong[path] = (sorted(found - (expected or set())), sorted((expected or set()) - found))
+    assert wrong == {}
+    assert set(ONE_BY_ONE) <= set(tried)
+    assert {field_of(path) for path in tried} - {"data", "deploy"} <= set(RUNS_AGAIN)
+
+
+def test_every_field_of_the_schema_has_its_row(recipe: Make, tmp_path: Path) -> None:
+    fields = fields_of_a_recipe()
+    assert fields <= set(RUNS_AGAIN), fields - set(RUNS_AGAIN)
+    start = recipe(data={"source": "npz", "params": {"path": tmp_path / "data.npz"}})
+    assert fields <= {field_of(path) for path, _ in others(start, Recipe, tmp_path)}
