@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsify_deploy import supervisor
 from sparsify_deploy.errors import DataError, Interrupted, OutOfResources, SparsifyError, is_out_of_memory
+
+_LIGHT = frozenset({"--help", "--version", "version", "list", "validate"})
+"""What needs no supervision, and answers before that is imported."""
 
 _UNREADABLE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.EROFS, errno.ESTALE}
 """Of a path: no bug of this program, whoever asks about it first."""
@@ -27,8 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return _called(list(argv))
     arguments = sys.argv[1:]
-    if supervisor.wanted(arguments):
-        return supervisor.supervise(lambda: _called(arguments))
+    if arguments and arguments[0] not in _LIGHT:
+        from sparsify_deploy import supervisor
+
+        if supervisor.wanted(arguments):
+            return supervisor.supervise(lambda: _called(arguments))
     return _called(arguments)
 
 

@@ -127,13 +127,16 @@ class Soak:
 
 
 def outputs(store: Path) -> dict[str, dict[str, str]]:
-    """Digests of all weights, masks and ONNX files, by the folder of their stage."""
+    """Digests of all weights, masks and ONNX files, by the folder of their stage.
+
+    A folder whose manifest is written is committed: the next process gives it its name.
+    """
     found = {}
     for path in sorted(store.glob("*/manifest.json")):
         manifest = json.loads(path.read_bytes())
         if manifest["stage"] not in TIMED:
             kept = {k: v["sha256"] for k, v in manifest["outputs"].items() if k not in ("report", "benchmark")}
-            found[path.parent.name] = kept
+            found[path.parent.name.removesuffix(".partial")] = kept
     return found
 
 
@@ -179,26 +182,33 @@ def test_two_hundred_kills_lose_nothing(tmp_path):
             resumed += _resumed(run)
             shutil.rmtree(run)
             run = None
+        if soak.kills % 10 == 0:
+            _told(soak, resumed, len(soak.took_s), whole_s, began)
     if run is not None:
         soak.took_s.append(soak.finish(run))
         assert outputs(run / "store") == known
         resumed += _resumed(run)
         assert not [path for path in run.rglob("*") if ".sparsify-" in path.name or path.suffix == ".partial"]
+    _told(soak, resumed, len(soak.took_s), whole_s, began)
+    assert resumed or wanted < 50
+    assert soak.live >= 0.75 * wanted
+    assert all(soak.hit[stage] >= least for stage in stages), soak.hit
+
+
+def _told(soak: Soak, resumed: int, ended: int, whole_s: float, began: float) -> None:
+    """Print the figures so far, and write them where SPARSIFY_SOAK_JSON says."""
     figures: dict[str, Any] = {
         "kills": soak.kills,
         "of a live process": soak.live,
         "in each stage": dict(sorted(soak.hit.items())),
-        "runs that ended byte-identical": soak.runs,
+        "runs that ended byte-identical": ended,
         "trainings that went on from a step checkpoint": resumed,
         "undisturbed_s": round(whole_s, 1),
         "minutes": round((time.monotonic() - began) / 60, 1),
     }
-    print(json.dumps(figures))
+    print(json.dumps(figures), flush=True)
     if path := os.environ.get("SPARSIFY_SOAK_JSON"):
         Path(path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    assert resumed or wanted < 50
-    assert soak.live >= 0.75 * wanted
-    assert all(soak.hit[stage] >= least for stage in stages), soak.hit
 
 
 def _resumed(run: Path) -> int:
