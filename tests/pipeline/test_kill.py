@@ -169,7 +169,9 @@ def test_two_hundred_kills_lose_nothing(tmp_path):
         left = {s: sum(seconds[s]) * (1 - done[s] / len(seconds[s])) for s in stages if done[s] < len(seconds[s])}
         before = outputs(run / "store")
         rare = [s for s in left if soak.hit[s] < least] if soak.kills >= wanted else list(left)
-        if soak.kills % 2 or not rare:
+        if soak.kills >= wanted and not rare:  # what is still to be hit lies behind this run
+            alive = False
+        elif soak.kills < wanted and (soak.kills % 2 or not rare):
             alive = soak.kill(run, rng.uniform(0.0, idle_s + sum(left.values())), "", 0.0)
         else:
             target = rng.choice(sorted(rare))
