@@ -125,7 +125,7 @@ def copy_folder(source: Path, target: Path, digests: DigestCache) -> None:
     with durable.replacing_folder(target) as fresh:
         for name in files_below(source):
             (fresh / name).parent.mkdir(parents=True, exist_ok=True)
-            durable.copy(source / name, fresh / name, digests.digest(source / name))
+            durable.copy(source / name, fresh / name, digests.digest(source / name, "blake3"))
 
 
 def _note(report: RunReport, winner: Winner, hashes: Mapping[str, str]) -> Json:
@@ -213,12 +213,12 @@ def _serve_one(target: Path, chosen: _Served, plan: Plan, digests: DigestCache) 
     record = read_record(metadata_path(chosen.engine))
     files = triton.served_files(chosen.engine, record)
     parts: dict[str, Json] = {"format": triton.FORMAT, "name": target.name, "why": chosen.why, "largest": largest}
-    parts["onnx"] = digests.digest(chosen.onnx)
+    parts["onnx"] = digests.digest(chosen.onnx, "blake3")
     beside = {f"../{name}": path for name, path in chosen.preprocessing.items()}
-    parts |= {file: digests.digest(path) for file, path in {**files, **beside}.items()}
+    parts |= {file: digests.digest(path, "blake3") for file, path in {**files, **beside}.items()}
     made_from = f"made from {hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"
     same = triton.is_made_from(target, made_from) and all(
-        (target / "1" / file).is_file() and digests.digest(target / "1" / file) == parts[file]
+        (target / "1" / file).is_file() and digests.digest(target / "1" / file, "blake3") == parts[file]
         for file in (*files, *beside)
     )
     if same:

@@ -13,6 +13,7 @@ from sparsify_deploy import shipping
 from sparsify_deploy.artifacts import durable
 from sparsify_deploy.artifacts.digests import DigestCache
 from sparsify_deploy.artifacts.environment import fact, machine
+from sparsify_deploy.artifacts.hashing import algorithm_of
 from sparsify_deploy.layer_verdict import Known, chain
 from sparsify_deploy.pipeline import Outcome
 from sparsify_deploy.plan import Plan
@@ -447,14 +448,16 @@ def _copy(folder: Path, outcome: Outcome, digests: DigestCache) -> Path | None:
         return _copy_onnx(outcome, onnx / "model.onnxruntime.onnx", digests)
     if isinstance(stage, BuildEngine):
         target = (folder / _published(outcome)).parent
-        if not target.is_dir() or digests.digest(target) != outcome.record.digests["engine"]:
+        committed = outcome.record.digests["engine"]
+        if not target.is_dir() or digests.digest(target, algorithm_of(committed)) != committed:
             shipping.copy_folder(outcome.record.outputs["engine"], target, digests)
         return target
     return None
 
 
 def _copy_onnx(outcome: Outcome, target: Path, digests: DigestCache) -> Path:
-    if not target.is_file() or digests.digest(target) != outcome.record.digests["onnx"]:
+    committed = outcome.record.digests["onnx"]
+    if not target.is_file() or digests.digest(target, algorithm_of(committed)) != committed:
         target.parent.mkdir(parents=True, exist_ok=True)
-        durable.copy(outcome.record.outputs["onnx"], target, outcome.record.digests["onnx"])
+        durable.copy(outcome.record.outputs["onnx"], target, committed)
     return target

@@ -6,7 +6,6 @@ from, and every engine that can run here with its ONNX file. What cannot be told
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from sparsify_deploy import menu, pattern_checks, run_directory
-from sparsify_deploy.artifacts import durable
+from sparsify_deploy.artifacts import durable, seal
 from sparsify_deploy.artifacts.environment import available_cores
 from sparsify_deploy.artifacts.fingerprint import digest, file_digest, files_below
+from sparsify_deploy.artifacts.hashing import algorithm_of, difference
 from sparsify_deploy.artifacts.store import MANIFEST, Record, record_in
 from sparsify_deploy.errors import CorruptArtifact, EnvironmentProblem, SparsifyError
 from sparsify_deploy.package import NOTE
@@ -25,15 +25,14 @@ from sparsify_deploy.reports import REPORTS, SUMS
 from sparsify_deploy.run_directory import Entry, RunDirectory
 from sparsify_deploy.runtimes import _child
 from sparsify_deploy.runtimes._metadata import check as check_engine
-from sparsify_deploy.runtimes._metadata import read_record
 from sparsify_deploy.types import Json, Progress, Silent
 
 OK, DAMAGED, UNMET, UNCHECKED = "ok", "DAMAGED", "NOT MET", "not checked"
 
 _MIB = 1 << 20
 _PARITY_LIMIT_S = 300.0
-_CHECKPOINT = b"sparsify-deploy checkpoint 1 "
 _UNUSED = "not of the last report"
+_UNREAD = "cannot be read"
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,13 @@ def verify(folder: Path, store: Path | None = None, progress: Progress | None = 
         except CorruptArtifact as error:
             checks.append(Check(_part(run, entry.fingerprint), entry.path / MANIFEST, "record", DAMAGED, str(error)))
     began = time.monotonic()
-    digests = _digests([path for record in records for path in record.outputs.values()], shown)
+    committed = {path: record.digests[name] for record in records for name, path in record.outputs.items()}
+    digests = _digests(committed, shown)
     hashing_s = time.monotonic() - began
     for record in records:
         checks += _bytes(run, record, digests)
     checks += _gone(run, records, [entry.fingerprint for entry in run.entries() if not entry.unfinished])
-    sound = {
-        path for record in records for name, path in record.outputs.items() if digests[path] == record.digests[name]
-    }
+    sound = {path for path, expected in committed.items() if digests[path] == expected}
     checks += _patterns(run, records, sound)
     checks += _engines(run, records, sound)
     checks += _copies(run, records)
@@ -117,15 +115,14 @@ def _committed(entry: Entry) -> Record:
     return record
 
 
-def _digests(paths: Sequence[Path], progress: Progress) -> dict[Path, str]:
-    """The sha256 of each file or folder, several at a time, the largest first; of what cannot be read the reason."""
-    sizes = {path: _size(path) for path in paths}
+def _digests(committed: Mapping[Path, str], progress: Progress) -> dict[Path, str]:
+    """The digest of each file or folder, several at a time, the largest first; of what cannot be read the reason."""
+    sizes = {path: _size(path) for path in committed}
     order = sorted(sizes, key=lambda path: -sizes[path])
     total, done = sum(sizes.values()), 0
     found = {}
     with ThreadPoolExecutor(min(4, available_cores())) as pool:
-        for path, sha256 in zip(order, pool.map(_digest, order), strict=True):
-            found[path] = sha256
+        for path, found[path] in zip(order, pool.map(lambda one: _digest(one, committed[one]), order), strict=True):
             done += sizes[path]
             progress.update("hashing, MiB", done // _MIB, total // _MIB)
     return found
@@ -139,11 +136,16 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, expected: str) -> str:
+    """The digest of a file or folder, of the kind of `expected`, or why there is none."""
     try:
-        return file_digest(path)
+        return file_digest(path, algorithm_of(expected))
     except OSError as error:
-        return f"cannot be read ({error.strerror or error})"
+        return f"{_UNREAD} ({error.strerror or error})"
+
+
+def _unread(found: str) -> bool:
+    return found.startswith(_UNREAD)
 
 
 def _bytes(run: RunDirectory, record: Record, digests: Mapping[Path, str]) -> Iterator[Check]:
@@ -154,31 +156,19 @@ def _bytes(run: RunDirectory, record: Record, digests: Mapping[Path, str]) -> It
             continue
         wrong = True
         mend = f"delete the folder {record.folder}, or run its stage with --again"
-        for inner in _inside(path) or [path]:
-            differs = f"sha256 {found[:12]}, not {expected[:12]}" if inner == path and len(found) == 64 else ""
-            if len(found) != 64:
-                what = f"{inner} {found}"
-            else:
-                what = f"{inner} is not what was committed{f' ({differs})' if differs else ''}"
-            yield Check(part, inner, "bytes", DAMAGED, f"{what}: {mend}")
+        for inner, now, then in _inside(path, record.files.get(name, {})) or [(path, found, expected)]:
+            what = now if _unread(now) else f"is not what was committed ({difference(now, then)})"
+            yield Check(part, inner, "bytes", DAMAGED, f"{inner} {what}: {mend}")
     if not wrong:
         size = sum(record.bytes.values()) / _MIB
         count = f"{len(record.outputs)} output{'s' if len(record.outputs) > 1 else ''}"
         yield Check(part, record.folder, "bytes", OK, f"{count}, {size:.2f} MiB, as committed")
 
 
-def _inside(path: Path) -> list[Path]:
-    """Of an engine's folder the files that are not those of the record in it, as far as that can still be read."""
-    found = []
-    for metadata in path.glob("*.json") if path.is_dir() else ():
-        try:
-            files = read_record(metadata)["files"]
-        except (CorruptArtifact, KeyError):  # then nothing tells which of the others are as they were
-            return []
-        for name, expected in files.items():
-            if _digest(path / name) != expected:
-                found.append(path / name)
-    return found
+def _inside(folder: Path, files: Mapping[str, str]) -> list[tuple[Path, str, str]]:
+    """The files of a folder that are not as committed, each with what it is and what it was."""
+    each = [(folder / name, _digest(folder / name, expected), expected) for name, expected in sorted(files.items())]
+    return [(path, found, expected) for path, found, expected in each if found != expected]
 
 
 def _unfinished(entry: Entry) -> Iterator[Check]:
@@ -190,9 +180,7 @@ def _unfinished(entry: Entry) -> Iterator[Check]:
         except OSError as error:
             yield Check(part, path, "bytes", DAMAGED, f"{path} cannot be read ({error.strerror}): delete that file")
             continue
-        start = len(_CHECKPOINT) + 65
-        head = _CHECKPOINT + hashlib.sha256(memoryview(content)[start:]).hexdigest().encode() + b"\n"
-        if content[:start] == head:
+        if seal.payload(content) is not None:
             yield Check(part, path, "bytes", OK, f"step checkpoint, {len(content) / _MIB:.2f} MiB, as written")
         else:
             text = (
@@ -221,20 +209,20 @@ def _reports(run: RunDirectory) -> Iterator[Check]:
     if sums.is_file():
         listed = {name: sha for sha, _, name in (line.partition("  ") for line in _text(sums).splitlines())}
     for name in REPORTS:
-        found = _digest(run.folder / name)
+        found = _digest(run.folder / name, listed.get(name, ""))
         if not sums.is_file():
             text = "not compared: the release that wrote it left no sums of its reports"
             yield Check("report", run.folder / name, "bytes", UNCHECKED, text)
         elif listed.get(name) == found:
             yield Check("report", run.folder / name, "bytes", OK, f"as {SUMS} lists it")
         else:
-            what = f"is not what {SUMS} lists" if len(found) == 64 else found
+            what = found if _unread(found) else f"is not what {SUMS} lists"
             text = f"{run.folder / name} {what}: `run` writes it again"
             yield Check("report", run.folder / name, "bytes", DAMAGED, text)
     try:
         _ = run.report
     except CorruptArtifact as error:
-        if listed.get(path.name) in (None, _digest(path)):
+        if listed.get(path.name) in (None, _digest(path, "")):
             yield Check("report", path, "report", DAMAGED, str(error))
 
 
@@ -266,6 +254,7 @@ def _patterns(run: RunDirectory, records: Sequence[Record], sound: set[Path]) ->
 
 def _engines(run: RunDirectory, records: Sequence[Record], sound: set[Path]) -> Iterator[Check]:
     """Every engine against the record beside it, and that against the ONNX file it was built from."""
+    sources = {r.digests["onnx"]: r.outputs["onnx"] for r in records if r.outputs.get("onnx") in sound}
     for record in records:
         engine = _engine(record)
         if engine is None or record.outputs["engine"] not in sound:
@@ -277,7 +266,11 @@ def _engines(run: RunDirectory, records: Sequence[Record], sound: set[Path]) -> 
             yield Check(part, engine, "engine's record", DAMAGED, str(error))
             continue
         assert beside is not None
-        if beside["onnx_sha256"] != record.parts["inputs"].get("onnx"):
+        source = sources.get(record.parts["inputs"].get("onnx", ""))
+        if source is None:
+            text = "the ONNX file that it was built from is damaged or gone"
+            yield Check(part, engine, "engine's record", UNCHECKED, text)
+        elif beside["onnx_sha256"] != _digest(source, beside["onnx_sha256"]):
             text = f"{engine}: was built from another ONNX file than the one its step was given: run it with --again"
             yield Check(part, engine, "engine's record", DAMAGED, text)
         else:
@@ -314,7 +307,7 @@ def _copies(run: RunDirectory, records: Sequence[Record]) -> Iterator[Check]:
         target, output = _copy_of(run.folder, step, record)
         if target is None:
             continue
-        found = _digest(target)
+        found = _digest(target, record.digests[output])
         if found == record.digests[output]:
             yield Check(step, target, "copy", OK, "as in the store")
         else:
@@ -335,7 +328,7 @@ def _copy_of(folder: Path, step: str, record: Record) -> tuple[Path | None, str]
 
 
 def _differs(path: Path, found: str) -> str:
-    return "is not the one in the store" if len(found) == 64 else found
+    return found if _unread(found) else "is not the one in the store"
 
 
 def _deployed(folder: Path, files: Sequence[str] | None) -> Iterator[Check]:
@@ -354,11 +347,11 @@ def _deployed(folder: Path, files: Sequence[str] | None) -> Iterator[Check]:
             "deploy", path, "copy", DAMAGED, f"{path}: lists other files than the report: `run` copies it again"
         )
     for name, expected in sorted(listed.items()):
-        found = _digest(folder / name)
+        found = _digest(folder / name, expected)
         if found == expected:
             yield Check("deploy", folder / name, "copy", OK, f"as {NOTE} lists it")
         else:
-            what = f"its bytes are not those that {NOTE} lists" if len(found) == 64 else found
+            what = found if _unread(found) else f"its bytes are not those that {NOTE} lists"
             yield Check("deploy", folder / name, "copy", DAMAGED, f"{folder / name}: {what}: `run` copies it again")
 
 

@@ -13,6 +13,7 @@ from sparsify_deploy.artifacts.fingerprint import file_digests, files_below
 from sparsify_deploy.errors import CorruptArtifact
 
 if TYPE_CHECKING:
+    from sparsify_deploy.artifacts.hashing import Algorithm
     from sparsify_deploy.types import Json
 
 _COARSEST_CLOCK_NS = 10_000_000
@@ -20,33 +21,36 @@ _COARSEST_CLOCK_NS = 10_000_000
 
 
 class DigestCache:
-    """sha256 of files and folders by path, kept in `file`. A file whose stamp differs is hashed again."""
+    """Digests of files and folders by path, kept in `file`. A file whose stamp differs is hashed again."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._known: dict[str, Json] | None = None
         self._changed = False
 
-    def digest(self, path: Path) -> str:
-        """`file_digest(path)`, read from memory where nothing changed. Raises `OSError` as that does."""
-        stamp = _stamp(path)
-        entry = self._entries().get(str(path.absolute()))
-        if entry is not None and entry["stamp"] == stamp:
-            return str(entry["sha256"])
-        return self.hash(path)
+    def digest(self, path: Path, algorithm: Algorithm = "sha256") -> str:
+        """`file_digest` of a path, read from memory where nothing changed. Raises `OSError` as that does."""
+        entry = self._entries().get(str(path.absolute()), {})
+        if algorithm in entry and entry["stamp"] == _stamp(path):
+            return str(entry[algorithm])
+        return self.hash(path, algorithm)
 
-    def hash(self, path: Path) -> str:
-        """`file_digest(path)`, read now and remembered. Raises `OSError`."""
-        return self.hash_all([path])[0]
+    def hash(self, path: Path, algorithm: Algorithm = "sha256") -> str:
+        """`file_digest` of a path, read now and remembered. Raises `OSError`."""
+        return self.hash_all([path], algorithm)[0]
 
-    def hash_all(self, paths: Sequence[Path], single: dict[Path, str] | None = None) -> list[str]:
+    def hash_all(
+        self, paths: Sequence[Path], algorithm: Algorithm = "sha256", single: dict[Path, str] | None = None
+    ) -> list[str]:
         """`hash` of each path, several files at a time; into `single` go those of each file."""
         before, began = [_stamp(path) for path in paths], time.time_ns()
-        found = file_digests(paths, single)
-        for path, stamp, sha256 in zip(paths, before, found, strict=True):
+        found = file_digests(paths, algorithm, single)
+        for path, stamp, digest in zip(paths, before, found, strict=True):
             newest = max((max(modified, changed) for _, modified, changed, _ in stamp), default=0)
             if _stamp(path) == stamp and newest < began - _COARSEST_CLOCK_NS:
-                self._entries()[str(path.absolute())] = {"stamp": stamp, "sha256": sha256}
+                known = self._entries().get(str(path.absolute()), {})
+                others = known if known.get("stamp") == stamp else {}
+                self._entries()[str(path.absolute())] = {**others, "stamp": stamp, algorithm: digest}
                 self._changed = True
         return found
 
@@ -76,7 +80,10 @@ def _read(file: Path) -> dict[str, Json]:
     try:
         entries = durable.read_json(file)["files"]
         return {
-            str(name): {"stamp": [list(map(int, one)) for one in entry["stamp"]], "sha256": str(entry["sha256"])}
+            str(name): {
+                "stamp": [list(map(int, one)) for one in entry["stamp"]],
+                **{kind: str(entry[kind]) for kind in ("sha256", "blake3") if kind in entry},
+            }
             for name, entry in entries.items()
         }
     except (OSError, CorruptArtifact, ValueError, KeyError, TypeError, AttributeError):

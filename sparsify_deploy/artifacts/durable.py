@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from sparsify_deploy import regular
+from sparsify_deploy.artifacts.hashing import ContentHash, algorithm_of, difference
 from sparsify_deploy.errors import CorruptArtifact, OutOfResources, UsageError
 
 if TYPE_CHECKING:
@@ -78,20 +79,20 @@ def write_text(path: Path, text: str) -> None:
     write(path, [text.encode()])
 
 
-def copy(source: Path, target: Path, sha256: str) -> None:
+def copy(source: Path, target: Path, digest: str) -> None:
     """Replace `target` by a copy of the file `source`, as `write`.
 
-    Raises `CorruptArtifact`, and leaves `target` as it was, where the bytes that were read are not those of `sha256`.
+    Raises `CorruptArtifact`, and leaves `target` as it was, where the bytes that were read are not those of `digest`.
     """
-    sha = hashlib.sha256()
+    found = ContentHash(algorithm_of(digest))
     with source.open("rb", buffering=0) as original:
 
         def read() -> Iterator[bytes]:
             while block := original.read(_BLOCK):
-                sha.update(block)
+                found.update(block)
                 yield block
-            if sha.hexdigest() != sha256:
-                differs = f"sha256 {sha.hexdigest()[:12]}, not {sha256[:12]}"
+            if found.text() != digest:
+                differs = difference(found.text(), digest)
                 raise CorruptArtifact(f"{source} is not what was committed ({differs}): run its stage with --again")
 
         write(target, read())

@@ -1,4 +1,4 @@
-"""Settings to canonical JSON to sha256: two results with one digest were made in the same way."""
+"""Settings to canonical JSON to sha256: two results with one digest were made in the same way. Digests of files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from sparsify_deploy.artifacts.environment import available_cores
+from sparsify_deploy.artifacts.hashing import ContentHash, bytes_digest
 
 if TYPE_CHECKING:
+    from sparsify_deploy.artifacts.hashing import Algorithm
     from sparsify_deploy.types import Json
 
 BY_CONTENT = "<by content>"
@@ -66,15 +68,17 @@ def digest(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_text(parts).encode("ascii")).hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """The sha256, 64 hex digits, of a file's bytes, or of a folder's relative file names and their digests.
+def file_digest(path: Path, algorithm: Algorithm = "sha256") -> str:
+    """The digest of a file's bytes, or of a folder's relative file names and their digests, as `hashing` writes it.
 
     Links are followed. Raises `OSError` where something is missing, unreadable, or a loop of links.
     """
-    return file_digests([path])[0]
+    return file_digests([path], algorithm)[0]
 
 
-def file_digests(paths: Sequence[Path], single: dict[Path, str] | None = None) -> list[str]:
+def file_digests(
+    paths: Sequence[Path], algorithm: Algorithm = "sha256", single: dict[Path, str] | None = None
+) -> list[str]:
     """`file_digest` of each path, with as many files at a time as there are cores; into `single` go those of files."""
     files = [[path / name for name in files_below(path)] if path.is_dir() else [path] for path in paths]
     flat = [one for each in files for one in each]
@@ -83,20 +87,20 @@ def file_digests(paths: Sequence[Path], single: dict[Path, str] | None = None) -
         from concurrent.futures import ThreadPoolExecutor
 
         with ThreadPoolExecutor(threads) as pool:
-            digests = dict(zip(flat, pool.map(_bytes_digest, flat), strict=True))
+            digests = dict(zip(flat, pool.map(lambda one: _read_digest(one, algorithm), flat), strict=True))
     else:
-        digests = {one: _bytes_digest(one) for one in flat}
+        digests = {one: _read_digest(one, algorithm) for one in flat}
     if single is not None:
         single.update(digests)
     return [
-        _folder_digest(path, each, digests) if path.is_dir() else digests[path]
+        _folder_digest(path, each, digests, algorithm) if path.is_dir() else digests[path]
         for path, each in zip(paths, files, strict=True)
     ]
 
 
-def _folder_digest(folder: Path, files: Sequence[Path], digests: Mapping[Path, str]) -> str:
+def _folder_digest(folder: Path, files: Sequence[Path], digests: Mapping[Path, str], algorithm: Algorithm) -> str:
     listed = [[one.relative_to(folder).as_posix(), digests[one]] for one in files]
-    return hashlib.sha256(b"folder\0" + canonical_text(listed).encode("ascii")).hexdigest()
+    return bytes_digest(b"folder\0" + canonical_text(listed).encode("ascii"), algorithm)
 
 
 def files_below(folder: Path) -> list[str]:
@@ -119,11 +123,12 @@ def files_below(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _bytes_digest(path: Path) -> str:
-    sha = hashlib.sha256()
+def _read_digest(path: Path, algorithm: Algorithm) -> str:
+    found = ContentHash(algorithm)
     if path.exists() and not path.is_file():  # reading a pipe or a device might never end
         raise OSError(f"{path} is neither a file nor a folder")
     with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
+        block = memoryview(bytearray(1 << 20))
+        while size := file.readinto(block):
+            found.update(block[:size])
+    return found.text()

@@ -1,7 +1,7 @@
 """The number of the way a store is laid out, so that an older program refuses a newer store in place of misreading it.
 
-1 is that of release 0.1.0, whose stores hold no number; 2 seals the JSON files and keeps the step checkpoint before the
-last. What reads 2 reads 1.
+1 is that of release 0.1.0, whose stores hold no number; 2 seals the JSON files, keeps the step checkpoint before the
+last and names files by BLAKE3. What reads 2 reads 1.
 """
 
 from __future__ import annotations

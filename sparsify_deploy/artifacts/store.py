@@ -24,10 +24,12 @@ from sparsify_deploy.artifacts import durable, layout
 from sparsify_deploy.artifacts.digests import DigestCache
 from sparsify_deploy.artifacts.durable import explained
 from sparsify_deploy.artifacts.fingerprint import canonical, digest, file_digest, files_below
+from sparsify_deploy.artifacts.hashing import algorithm_of, difference
 from sparsify_deploy.artifacts.lock import locked
 from sparsify_deploy.errors import CorruptArtifact
 
 if TYPE_CHECKING:
+    from sparsify_deploy.artifacts.hashing import Algorithm
     from sparsify_deploy.types import Facts, Json
 
 __all__ = ["DIGESTS", "MANIFEST", "PARTS", "ArtifactStore", "Record", "changes", "explained", "record_in"]
@@ -43,7 +45,7 @@ _ALWAYS_HASHED_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Record:
-    """A committed result. `outputs`, `digests` (sha256) and `bytes` are by logical name; a folder counts as one."""
+    """A committed result. `outputs`, `digests` and `bytes` are by logical name; a folder counts as one."""
 
     stage: str
     fingerprint: str
@@ -56,7 +58,7 @@ class Record:
     seconds: float
     created: str
     files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """For an output that is a folder, the sha256 of each file in it; none by an older release."""
+    """For an output that is a folder, the digest of each file in it; none by an older release."""
 
 
 class ArtifactStore:
@@ -263,22 +265,22 @@ def _mend(final: Path) -> str:
     return f"delete the folder {final}, or run its stage with --again"
 
 
-def _verify(hashed: Callable[[Path], str], path: Path, record: Record, name: str) -> None:
+def _verify(hashed: Callable[[Path, Algorithm], str], path: Path, record: Record, name: str) -> None:
     mend, expected = _mend(record.folder), record.digests[name]
     try:
-        actual = hashed(path)
+        actual = hashed(path, algorithm_of(expected))
     except OSError as error:
         where = _differing(path, record, name)
         raise CorruptArtifact(f"{where} cannot be read ({error.strerror or error}): {mend}") from error
     if actual != expected:
-        differs = f"sha256 {actual[:12]}, not {expected[:12]}"
+        differs = difference(actual, expected)
         raise CorruptArtifact(f"{_differing(path, record, name)} is not what was committed ({differs}): {mend}")
 
 
 def _differing(path: Path, record: Record, name: str) -> Path:
     """The file of a folder that is another by now, or is gone; the folder itself where nothing says which."""
-    for file, sha256 in sorted(record.files.get(name, {}).items()):
-        if not (path / file).is_file() or file_digest(path / file) != sha256:
+    for file, expected in sorted(record.files.get(name, {}).items()):
+        if not (path / file).is_file() or file_digest(path / file, algorithm_of(expected)) != expected:
             return path / file
     return path
 
@@ -305,8 +307,13 @@ def _check_outputs(outputs: Mapping[str, Mapping[str, Json]]) -> None:
         name = PurePosixPath(entry["file"])
         if name.is_absolute() or ".." in name.parts or not name.parts or "\0" in str(name) or str(name) in _OWN:
             raise ValueError(f"output {str(name)!r} lies outside its folder")
-        if not isinstance(entry["sha256"], str) or not isinstance(entry["bytes"], int):
-            raise TypeError("an output without sha256 and bytes")
+        if not isinstance(_digest_in(entry), str) or not isinstance(entry["bytes"], int):
+            raise TypeError("an output without digest and bytes")
+
+
+def _digest_in(entry: Mapping[str, Json]) -> Json:
+    """That of an output in a manifest; release 0.1.0 had another name for it."""
+    return entry["digest"] if "digest" in entry else entry["sha256"]
 
 
 def _record(final: Path) -> Record:
@@ -319,7 +326,7 @@ def _record(final: Path) -> Record:
             parts=manifest["parts"],
             folder=final,
             outputs={name: final / entry["file"] for name, entry in outputs.items()},
-            digests={name: entry["sha256"] for name, entry in outputs.items()},
+            digests={name: _digest_in(entry) for name, entry in outputs.items()},
             bytes={name: entry["bytes"] for name, entry in outputs.items()},
             measured=manifest["measured"],
             seconds=manifest["seconds"],
@@ -344,12 +351,12 @@ def _sealed(digests: DigestCache, partial: Path, outputs: Mapping[str, str]) -> 
     with ThreadPoolExecutor(1) as disk:
         synced = disk.submit(bring_to_disk)
         single: dict[Path, str] = {}
-        sha256 = dict(zip(outputs, digests.hash_all(list(paths.values()), single), strict=True))
+        found = dict(zip(outputs, digests.hash_all(list(paths.values()), "blake3", single), strict=True))
         synced.result()
     entries: dict[str, dict[str, Json]] = {}
     for name, path in paths.items():
         size = sum(one.stat().st_size for one in files[name])
-        entries[name] = {"file": path.relative_to(partial).as_posix(), "sha256": sha256[name], "bytes": size}
+        entries[name] = {"file": path.relative_to(partial).as_posix(), "digest": found[name], "bytes": size}
         if path.is_dir():
             entries[name]["files"] = {one.relative_to(path).as_posix(): single[one] for one in files[name]}
     return entries

@@ -1,6 +1,6 @@
 """Step checkpoints: written whole or not at all, and read back only if every byte is as written.
 
-A file is one line `sparsify-deploy checkpoint 1 <sha256>` followed by what `torch.save` writes, whose digest that is;
+A file is one line `sparsify-deploy checkpoint 2 <digest>` followed by what `torch.save` writes, whose digest that is;
 torch by itself does not notice a flipped bit in a tensor. The checkpoint before the last one stays beside it, under a
 name that ends in `.before`: what the last one is worth is known only when it is read.
 """
@@ -8,7 +8,6 @@ name that ends in `.before`: what the last one is worth is known only when it is
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import os
 from collections.abc import Mapping
@@ -19,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsify_deploy import regular, unpickling
-from sparsify_deploy.artifacts import durable
+from sparsify_deploy.artifacts import durable, seal
+from sparsify_deploy.artifacts.hashing import ContentHash, bytes_digest
 from sparsify_deploy.errors import CorruptArtifact, EnvironmentProblem, OutOfResources, UsageError, is_out_of_memory
 
-_MAGIC = b"sparsify-deploy checkpoint 1 "
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -65,7 +64,7 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     payload = io.BytesIO()
     torch.save(dict(content), payload)
     data = payload.getbuffer()
-    header = _header(data)
+    header = seal.line(bytes_digest(data, "blake3"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with durable.replacing(path) as fresh:
@@ -87,21 +86,17 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
         raise EnvironmentProblem(what) from error
 
 
-def _header(payload: bytes | memoryview) -> bytes:
-    return _MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n"
-
-
 def _is_on_disk(path: Path, header: bytes) -> bool:
     """Whether a file has this header and what it promises; read from the disk, not from this machine's memory of it."""
-    sha = hashlib.sha256()
+    found = ContentHash("blake3")
     with path.open("rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if file.read(len(header)) != header:
             return False
         while block := file.read(1 << 20):
-            sha.update(block)
-    return header == _MAGIC + sha.hexdigest().encode() + b"\n"
+            found.update(block)
+    return header == seal.line(found.text())
 
 
 def delete(path: Path) -> None:
@@ -132,11 +127,10 @@ def _read(path: Path, then: str) -> dict[str, Any]:
         raise EnvironmentProblem(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except OSError as error:
         raise CorruptArtifact(f"the checkpoint {path} cannot be read ({error.strerror or error}): {advice}") from error
-    start = len(_MAGIC) + 65
-    if data[:start] != _header(memoryview(data)[start:]):
+    if (payload := seal.payload(data)) is None:
         raise CorruptArtifact(f"the checkpoint {path} is damaged ({len(data)} bytes, checksum differs): {advice}")
     try:
-        content = unpickling.tensors_only(io.BytesIO(memoryview(data)[start:]))
+        content = unpickling.tensors_only(io.BytesIO(payload))
     except Exception as error:  # torch raises many kinds
         if is_out_of_memory(error):
             raise

@@ -114,7 +114,7 @@ def digests_of(store: Path, skip: Sequence[str] = ("benchmark", "build_engine"))
     for path in sorted(store.glob("*/manifest.json")):
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["stage"] not in skip:
-            outputs = {name: value["sha256"] for name, value in manifest["outputs"].items() if name not in timed}
+            outputs = {name: value["digest"] for name, value in manifest["outputs"].items() if name not in timed}
             found[path.parent.name] = outputs
     return found
 

@@ -119,7 +119,7 @@ def results(run: Path, timed: frozenset[str]) -> dict[str, Any]:
         outputs = json.loads(path.read_bytes())["outputs"]
         exact = path.parent.name.partition("-")[0] not in ("benchmark", "build_engine")
         found["store"][path.parent.name] = {
-            name: entry["sha256"] if exact and name not in timed else "" for name, entry in outputs.items()
+            name: entry["digest"] if exact and name not in timed else "" for name, entry in outputs.items()
         }
     for path in run.rglob("*"):
         name = str(path.relative_to(run))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 
 from sparsify_deploy.artifacts import durable
 from sparsify_deploy.errors import OutOfResources
@@ -55,7 +55,7 @@ def used(folder: Path) -> int:
 
 def is_whole(checkpoint: Path) -> bool:
     head, _, payload = checkpoint.read_bytes().partition(b"\n")
-    return head.endswith(hashlib.sha256(payload).hexdigest().encode())
+    return head.endswith(blake3(payload).hexdigest().encode())
 
 
 def fill_up(

@@ -135,7 +135,7 @@ def outputs(store: Path) -> dict[str, dict[str, str]]:
     for path in sorted(store.glob("*/manifest.json")):
         manifest = json.loads(path.read_bytes())
         if manifest["stage"] not in TIMED:
-            kept = {k: v["sha256"] for k, v in manifest["outputs"].items() if k not in ("report", "benchmark")}
+            kept = {k: v["digest"] for k, v in manifest["outputs"].items() if k not in ("report", "benchmark")}
             found[path.parent.name.removesuffix(".partial")] = kept
     return found
 

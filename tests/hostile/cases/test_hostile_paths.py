@@ -174,7 +174,7 @@ def committed(name: str) -> Callable:
         with store.lock():
             (store.begin("train", parts) / "w").write_bytes(b"weights")
             record = store.commit("train", parts, {"weights": "w"}, {}, 1.0)
-        entry = {"file": name, "sha256": file_digest(scene.outside / "secret"), "bytes": 6}
+        entry = {"file": name, "digest": file_digest(scene.outside / "secret", "blake3"), "bytes": 6}
         manifest = {
             "stage": "train",
             "fingerprint": record.fingerprint,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import hashlib
 import io
 import json
 import pickle
@@ -72,9 +71,11 @@ def inputs(scene, content: bytes):
 
 
 def step_checkpoint(scene, content: bytes):
+    from sparsify_deploy.artifacts import seal
+    from sparsify_deploy.artifacts.hashing import bytes_digest
     from sparsify_deploy.training import checkpoint as steps
 
-    sealed = b"sparsify-deploy checkpoint 1 " + hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+    sealed = seal.line(bytes_digest(content, "blake3")) + content
     return scene.refused(steps.read, scene.write("train.checkpoint", sealed))
 
 

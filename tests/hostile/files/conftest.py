@@ -152,7 +152,10 @@ def torch_files() -> dict[str, bytes]:
 
 
 def sealed_checkpoint(payload: bytes) -> bytes:
-    return b"sparsify-deploy checkpoint 1 " + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload
+    from sparsify_deploy.artifacts import seal
+    from sparsify_deploy.artifacts.hashing import bytes_digest
+
+    return seal.line(bytes_digest(payload, "blake3")) + payload
 
 
 def chance_of(seed: int, among: Sequence[str]) -> str:
@@ -434,7 +437,7 @@ def _notes(folder: Path) -> list[Kind]:
     }
     image = spec.ImageSpec("RGB", 8, "crop", (0.0,), (255.0,), classes=("a", "b"))
     array = spec.ArraySpec((spec.ArrayInput("x", "float32", (3, None), "any", (1.0,), (2.0,)),), example="a row")
-    digests = {str(folder / "f"): {"stamp": [[1, 2, 3, 4]], "sha256": "0" * 64}}
+    digests = {str(folder / "f"): {"stamp": [[1, 2, 3, 4]], "sha256": "0" * 64, "blake3": f"blake3:{'0' * 64}"}}
     specs = (image.to_text().encode(), array.to_text().encode())
     return [
         Kind("manifest.json", (manifest.read_bytes(),), committed, is_json=True),

@@ -12,6 +12,7 @@ import pytest
 from sparsify_deploy.artifacts import digests
 from sparsify_deploy.artifacts.digests import DigestCache
 from sparsify_deploy.artifacts.fingerprint import file_digest
+from sparsify_deploy.artifacts.hashing import Algorithm
 
 
 @pytest.fixture
@@ -19,9 +20,9 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The paths that were really read."""
     read: list[Path] = []
 
-    def counting(paths: Sequence[Path], single: object = None) -> list[str]:
+    def counting(paths: Sequence[Path], algorithm: Algorithm, single: object = None) -> list[str]:
         read.extend(paths)
-        return [file_digest(path) for path in paths]
+        return [file_digest(path, algorithm) for path in paths]
 
     monkeypatch.setattr(digests, "file_digests", counting)
     return read

@@ -151,7 +151,7 @@ def test_bytes_are_read_once_a_process(tmp_path: Path, monkeypatch: pytest.Monke
     committed(maker)
     assert store.find("train", PARTS) is not None
 
-    def fail(paths: list[Path], single: object = None) -> list[str]:
+    def fail(paths: list[Path], *_: object) -> list[str]:
         raise AssertionError(f"{paths} were read again")
 
     monkeypatch.setattr("sparsify_deploy.artifacts.digests.file_digests", fail)
