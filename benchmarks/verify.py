@@ -30,7 +30,7 @@ import onnx
 from safetensors.numpy import save_file
 
 from sparsify_deploy.artifacts.store import ArtifactStore
-from sparsify_deploy.verify import OK, verify
+from sparsify_deploy.checkup.verify import OK, verify
 
 LEAST_GB_PER_S = 0.5
 _CHANNELS = 1024

@@ -63,7 +63,7 @@ def _known(error: Exception) -> tuple[Sequence[str], int] | None:
     if isinstance(error, SparsifyError):
         return error.lines, error.exit_code
     if is_out_of_memory(error):
-        from sparsify_deploy import memory
+        from sparsify_deploy.process import memory
 
         return [memory.line(error)], OutOfResources.exit_code
     if isinstance(error, BrokenPipeError):

@@ -270,7 +270,7 @@ def verify(
 
     Exit code 9 where bytes are not those that were committed, 4 where a pattern or parity is not met. Needs no torch.
     """
-    from sparsify_deploy.verify import verify as check
+    from sparsify_deploy.checkup.verify import verify as check
 
     with console.progress(quiet=quiet, verbose=False) as progress:
         found = check(run_dir, store, progress)
@@ -293,7 +293,7 @@ def clean(
 
     Goes by names and marks that nothing else has, follows no links, and holds the run's lock.
     """
-    from sparsify_deploy.clean import clean as sweep
+    from sparsify_deploy.checkup.clean import clean as sweep
 
     console.cleaned(sweep(run_dir, store, unfinished=unfinished, unused=unused, dry_run=dry_run), as_json=as_json)
 
@@ -446,7 +446,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check this machine: packages, devices, limits and disks, with the command that mends each. Needs no torch."""
-    from sparsify_deploy.doctor import diagnose
+    from sparsify_deploy.checkup.doctor import diagnose
 
     console.diagnosis(diagnose(run_dir), as_json=as_json)
 

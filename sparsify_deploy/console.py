@@ -14,22 +14,22 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from sparsify_deploy.printable import one_line
-from sparsify_deploy.redaction import redact
+from sparsify_deploy.safety.printable import one_line
+from sparsify_deploy.safety.redaction import redact
 
 if TYPE_CHECKING:
-    from sparsify_deploy.clean import Cleaned
-    from sparsify_deploy.compare import Compared
+    from sparsify_deploy.checkup.clean import Cleaned
+    from sparsify_deploy.checkup.findings import Finding
+    from sparsify_deploy.checkup.verify import Verified
     from sparsify_deploy.deploy import Benched, Built, Inspected
-    from sparsify_deploy.findings import Finding
     from sparsify_deploy.pipeline import Status
     from sparsify_deploy.predict import Predicted
     from sparsify_deploy.recipe import Recipe
+    from sparsify_deploy.reporting.compare import Compared
+    from sparsify_deploy.reporting.tables import Table
     from sparsify_deploy.reports import RunReport, SensitivityReport
     from sparsify_deploy.starter import Start
-    from sparsify_deploy.tables import Table
     from sparsify_deploy.types import Json, Progress
-    from sparsify_deploy.verify import Verified
     from sparsify_deploy.workspace import Forecast
 
 
@@ -264,7 +264,7 @@ def forecast(found: Forecast, *, as_json: bool) -> None:
     from dataclasses import asdict
 
     from sparsify_deploy.prediction.roofline import LABEL
-    from sparsify_deploy.tables import Table, forecasts
+    from sparsify_deploy.reporting.tables import Table, forecasts
 
     if as_json:
         _json(
@@ -373,8 +373,8 @@ def predicted(found: Predicted, *, as_json: bool) -> None:
 
 def run_report(report: RunReport, *, as_json: bool) -> None:
     """The tables of a run, its notes, and the verdict last."""
+    from sparsify_deploy.reporting.tables import tables
     from sparsify_deploy.reports import to_json
-    from sparsify_deploy.tables import tables
 
     if as_json:
         _json(to_json(report))
@@ -390,7 +390,7 @@ def verified(found: Verified, *, as_json: bool) -> None:
     """What a run directory holds, checked; what is wrong stands on stderr as well, a line each with the remedy."""
     from dataclasses import asdict
 
-    from sparsify_deploy.tables import Table
+    from sparsify_deploy.reporting.tables import Table
 
     wrong = [check for state in ("DAMAGED", "NOT MET") for check in found.of(state)]
     if as_json:
@@ -433,8 +433,8 @@ def cleaned(found: Cleaned, *, as_json: bool) -> None:
 
 def sensitivity(found: SensitivityReport, *, as_json: bool) -> None:
     """What each layer alone costs, the worst first."""
+    from sparsify_deploy.reporting.tables import sensitivity as table
     from sparsify_deploy.reports import to_json
-    from sparsify_deploy.tables import sensitivity as table
 
     if as_json:
         _json(to_json(found))
@@ -446,7 +446,7 @@ def raced(found: Benched, *, as_json: bool) -> None:
     """What `bench` measured, and on what."""
     from dataclasses import asdict
 
-    from sparsify_deploy.tables import race_table
+    from sparsify_deploy.reporting.tables import race_table
 
     if as_json:
         _json(asdict(found))
@@ -472,7 +472,7 @@ def compared(found: Compared, *, as_json: bool) -> None:
     """How far two files of one network are apart, and where that begins."""
     from dataclasses import asdict
 
-    from sparsify_deploy.tables import Table
+    from sparsify_deploy.reporting.tables import Table
 
     if as_json:
         _json({**asdict(found), "differ": found.differ})
@@ -519,7 +519,7 @@ def inspected(found: Inspected, *, as_json: bool) -> None:
     """What a model file holds, and what is known of which layers run sparse."""
     from dataclasses import asdict
 
-    from sparsify_deploy.tables import layer_table, profile_table
+    from sparsify_deploy.reporting.tables import layer_table, profile_table
 
     if as_json:
         _json(asdict(found))

@@ -16,15 +16,15 @@ from pydantic import BaseModel, ValidationError
 from sparsify_deploy import menu
 from sparsify_deploy.artifacts import environment
 from sparsify_deploy.artifacts.fingerprint import file_digest
-from sparsify_deploy.compare import Compared, compare, existing
 from sparsify_deploy.errors import CorruptArtifact, RuntimeUnavailable, UsageError
-from sparsify_deploy.layer_verdict import Known, chain, file_part
+from sparsify_deploy.reporting.compare import Compared, compare, existing
+from sparsify_deploy.reporting.layer_verdict import Known, chain, file_part
+from sparsify_deploy.reporting.triton import described as served_model
+from sparsify_deploy.reporting.triton import model_name, unserved
+from sparsify_deploy.reporting.triton import write as write_model
 from sparsify_deploy.reports import LayerChain, LayerReport
 from sparsify_deploy.runtimes import _tensors
 from sparsify_deploy.timing import Copies, Race, Surroundings, copies, race, surroundings
-from sparsify_deploy.triton import described as served_model
-from sparsify_deploy.triton import model_name, unserved
-from sparsify_deploy.triton import write as write_model
 from sparsify_deploy.types import BuildNotes, EngineProfile, Json, Progress, Session
 
 if TYPE_CHECKING:

@@ -21,10 +21,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify_deploy import __version__, watch
+from sparsify_deploy import __version__
 from sparsify_deploy.errors import SparsifyError, UsageError
-from sparsify_deploy.printable import one_line
-from sparsify_deploy.redaction import redact
+from sparsify_deploy.process import watch
+from sparsify_deploy.safety.printable import one_line
+from sparsify_deploy.safety.redaction import redact
 
 if TYPE_CHECKING:
     from sparsify_deploy.types import Json, Progress

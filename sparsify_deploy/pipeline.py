@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsify_deploy import memory, watch
 from sparsify_deploy.artifacts.digests import DigestCache
 from sparsify_deploy.artifacts.durable import check_space
 from sparsify_deploy.artifacts.environment import fact
@@ -16,7 +15,8 @@ from sparsify_deploy.artifacts.store import ArtifactStore, Record, explained
 from sparsify_deploy.errors import DataError, EnvironmentProblem, Interrupted, UsageError
 from sparsify_deploy.menu import did_you_mean
 from sparsify_deploy.plan import Plan, PlannedStep
-from sparsify_deploy.redaction import redacted
+from sparsify_deploy.process import memory, watch
+from sparsify_deploy.safety.redaction import redacted
 from sparsify_deploy.stages.space import needed_bytes
 from sparsify_deploy.types import Context, Json
 

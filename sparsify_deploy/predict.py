@@ -9,12 +9,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify_deploy import menu, native
+from sparsify_deploy import menu
 from sparsify_deploy.errors import DataError, UsageError
-from sparsify_deploy.package import Package, check_runs
-from sparsify_deploy.package import read as read_package
 from sparsify_deploy.preprocessing.spec import ArraySpec, ImageSpec, Raw, Spec, TextSpec
-from sparsify_deploy.tables import Table
+from sparsify_deploy.process import native
+from sparsify_deploy.reporting.package import Package, check_runs
+from sparsify_deploy.reporting.package import read as read_package
+from sparsify_deploy.reporting.tables import Table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -17,13 +17,14 @@ from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
-from sparsify_deploy import menu, regular
+from sparsify_deploy import menu
 from sparsify_deploy.errors import RecipeError, UsageError
 from sparsify_deploy.params import GivenHere
 from sparsify_deploy.params import Params as Settings
 from sparsify_deploy.recipe import MENU_SECTIONS, SCHEMA_VERSION, Recipe
 from sparsify_deploy.recipe_checks import mistakes
 from sparsify_deploy.recipe_yaml import MAX_BYTES, Leaf, Listing, Mistake, Node, Place, Section, describe, read, short
+from sparsify_deploy.safety import regular
 
 Path_: TypeAlias = "tuple[str | int, ...]"
 """Field names and list indices from the top of a recipe."""

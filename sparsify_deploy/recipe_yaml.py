@@ -26,7 +26,7 @@ from ruamel.yaml.events import (
 )
 from ruamel.yaml.reader import ReaderError
 
-from sparsify_deploy.printable import one_line
+from sparsify_deploy.safety.printable import one_line
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsify_deploy import triton
 from sparsify_deploy.artifacts import durable
 from sparsify_deploy.artifacts.digests import DigestCache
 from sparsify_deploy.artifacts.fingerprint import files_below
 from sparsify_deploy.errors import CorruptArtifact
-from sparsify_deploy.package import FORMAT, NOTE
 from sparsify_deploy.pipeline import Outcome
 from sparsify_deploy.plan import Plan
+from sparsify_deploy.reporting import triton
+from sparsify_deploy.reporting.package import FORMAT, NOTE
 from sparsify_deploy.reports import RunReport, Shipped
 from sparsify_deploy.runtimes._metadata import metadata_path, read_record
 from sparsify_deploy.stages.benchmark import FLOAT_FILE, BenchmarkEngines

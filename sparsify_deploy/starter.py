@@ -12,10 +12,11 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsify_deploy import menu, regular
+from sparsify_deploy import menu
 from sparsify_deploy.artifacts import durable
 from sparsify_deploy.errors import MissingExtra, RecipeError, UsageError
 from sparsify_deploy.recipe_yaml import Leaf, Place, read
+from sparsify_deploy.safety import regular
 from sparsify_deploy.stages.given import Given
 from sparsify_deploy.stages.project_nm import LayerForecast, forecast_layers
 from sparsify_deploy.types import Json
@@ -110,7 +111,7 @@ def _start_given(network: _Source, data: _Source | None, output: Path, trust_cod
     """A recipe for the deploy half alone, after a look into the file and the data."""
     from sparsify_deploy.graph import file
     from sparsify_deploy.graph.layers import weight_layers
-    from sparsify_deploy.layer_verdict import file_part
+    from sparsify_deploy.reporting.layer_verdict import file_part
 
     subject = _opened(_given_text(output, network, data, "", (1,)), output, trust_code)
     assert isinstance(subject, Given)

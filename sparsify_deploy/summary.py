@@ -14,10 +14,10 @@ from sparsify_deploy.artifacts import durable
 from sparsify_deploy.artifacts.digests import DigestCache
 from sparsify_deploy.artifacts.environment import fact, machine
 from sparsify_deploy.artifacts.hashing import algorithm_of
-from sparsify_deploy.layer_verdict import Known, chain
 from sparsify_deploy.pipeline import Outcome
 from sparsify_deploy.plan import Plan
 from sparsify_deploy.prediction.roofline import Layer
+from sparsify_deploy.reporting.layer_verdict import Known, chain
 from sparsify_deploy.reports import (
     AS_GIVEN,
     IN_FLOAT,
@@ -428,8 +428,8 @@ def _plain(part: object) -> Json:
 
 
 def _write_reports(folder: Path, report: RunReport) -> None:
-    from sparsify_deploy.page import fingerprint, is_current, page
-    from sparsify_deploy.tables import markdown
+    from sparsify_deploy.reporting.page import fingerprint, is_current, page
+    from sparsify_deploy.reporting.tables import markdown
 
     shown = fingerprint(report)
     durable.write_text(folder / REPORTS[0], dump(report))

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from sparsify_deploy import memory, watch
 from sparsify_deploy.errors import Interrupted, NativeCrash, OutOfResources
+from sparsify_deploy.process import memory, watch
 
 _VERBS = frozenset({"run", "sensitivity", "init", "plan", "verify", "build", "bench", "inspect", "predict"})
 """The verbs that load torch, a runtime or a model file."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from sparsify_deploy import native
+from sparsify_deploy.process import native
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,15 +12,15 @@ from sparsify_deploy import logbook, menu, pipeline, recipe_source, reports
 from sparsify_deploy.artifacts.environment import machine
 from sparsify_deploy.artifacts.store import ArtifactStore
 from sparsify_deploy.errors import UsageError
-from sparsify_deploy.interrupt import stoppable
 from sparsify_deploy.plan import Plan, is_given
 from sparsify_deploy.plan import plan as plan_of
 from sparsify_deploy.prediction.gpus import Gpu, chosen
 from sparsify_deploy.prediction.roofline import GpuForecast
+from sparsify_deploy.process.interrupt import stoppable
 from sparsify_deploy.recipe import Recipe
 from sparsify_deploy.recipe_checks import unknown_metric
-from sparsify_deploy.redaction import redacted
 from sparsify_deploy.reports import Gate, RunReport, SensitivityReport
+from sparsify_deploy.safety.redaction import redacted
 from sparsify_deploy.stages import predictions
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.given import Given

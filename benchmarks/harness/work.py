@@ -15,8 +15,8 @@ from harness.grid import Grid, Run
 from sparsify_deploy import pipeline
 from sparsify_deploy.artifacts.environment import fact
 from sparsify_deploy.artifacts.store import Record
-from sparsify_deploy.interrupt import stoppable
 from sparsify_deploy.plan import Plan
+from sparsify_deploy.process.interrupt import stoppable
 from sparsify_deploy.stages.measure import Measure
 from sparsify_deploy.types import Context, Json, Progress
 from sparsify_deploy.workspace import Workspace, open_run

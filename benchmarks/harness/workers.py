@@ -17,7 +17,7 @@ from typing import Literal
 
 from harness.work import Job, perform
 from sparsify_deploy.errors import Interrupted, SparsifyError
-from sparsify_deploy.interrupt import stoppable
+from sparsify_deploy.process.interrupt import stoppable
 from sparsify_deploy.types import Json
 
 _PROGRESS_EVERY_S = 0.5

@@ -19,9 +19,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from sparsify_deploy import regular
 from sparsify_deploy.artifacts.hashing import ContentHash, algorithm_of, difference
 from sparsify_deploy.errors import CorruptArtifact, OutOfResources, UsageError
+from sparsify_deploy.safety import regular
 
 if TYPE_CHECKING:
     from sparsify_deploy.types import Json

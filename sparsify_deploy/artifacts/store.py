@@ -19,7 +19,6 @@ from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from sparsify_deploy import regular
 from sparsify_deploy.artifacts import durable, layout
 from sparsify_deploy.artifacts.digests import DigestCache
 from sparsify_deploy.artifacts.durable import explained
@@ -27,6 +26,7 @@ from sparsify_deploy.artifacts.fingerprint import canonical, digest, file_digest
 from sparsify_deploy.artifacts.hashing import algorithm_of, difference
 from sparsify_deploy.artifacts.lock import locked
 from sparsify_deploy.errors import CorruptArtifact
+from sparsify_deploy.safety import regular
 
 if TYPE_CHECKING:
     from sparsify_deploy.artifacts.hashing import Algorithm

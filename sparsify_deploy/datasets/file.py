@@ -46,9 +46,9 @@ def open(params: Params) -> DataSet:
 
     Raises `DataError` with the file and line where the user's code failed, or with what is wrong with the data.
     """
-    from sparsify_deploy import usercode
     from sparsify_deploy.datasets._wrap import checked, wrapped
     from sparsify_deploy.errors import DataError
+    from sparsify_deploy.safety import usercode
 
     made = usercode.make(params.path, params.object, params.arguments, ready=Mapping, error=DataError)
     where = f"{params.path}: {params.object}"

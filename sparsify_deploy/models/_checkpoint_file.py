@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparsify_deploy import unpickling, usercode
 from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import ModelError
 from sparsify_deploy.models._pickled import SUFFIXES
+from sparsify_deploy.safety import unpickling, usercode
 
 _WRAPPERS = ("state_dict_ema", "state_dict", "model_state_dict", "model")
 """Keys under which training programs keep a state dict; timm's averaged weights go before its last ones."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from sparsify_deploy.unpickling import is_archive, objection
+from sparsify_deploy.safety.unpickling import is_archive, objection
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 """Of torch's checkpoints, which are pickles; a .safetensors holds no objects."""

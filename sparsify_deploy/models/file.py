@@ -43,8 +43,8 @@ def build(params: Params) -> nn.Module:
     """
     from torch import nn
 
-    from sparsify_deploy import usercode
     from sparsify_deploy.errors import ModelError
+    from sparsify_deploy.safety import usercode
 
     made = usercode.make(params.path, params.object, params.arguments, ready=nn.Module, error=ModelError)
     if not isinstance(made, nn.Module):

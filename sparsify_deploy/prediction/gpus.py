@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from sparsify_deploy import regular
 from sparsify_deploy.errors import DataError, UsageError
 from sparsify_deploy.menu import did_you_mean
+from sparsify_deploy.safety import regular
 
 _BUNDLED = Path(__file__).with_name("gpus.json")
 

@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
-from sparsify_deploy import regular
 from sparsify_deploy.errors import DataError
+from sparsify_deploy.safety import regular
 from sparsify_deploy.types import Json
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from sparsify_deploy import native
 from sparsify_deploy.errors import DataError, MissingExtra
 from sparsify_deploy.preprocessing.tokenizer_files import BESIDE, FILE, files
+from sparsify_deploy.process import native
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

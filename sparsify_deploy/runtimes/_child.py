@@ -19,7 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sparsify_deploy import errors, memory
+from sparsify_deploy import errors
+from sparsify_deploy.process import memory
 from sparsify_deploy.types import Json
 
 _START = (

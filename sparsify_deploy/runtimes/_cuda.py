@@ -13,8 +13,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify_deploy import native
 from sparsify_deploy.errors import DataError, ModelError, OutOfResources, RuntimeUnavailable
+from sparsify_deploy.process import native
 from sparsify_deploy.runtimes import _gpu, _packages, _tensors, _trt_load
 from sparsify_deploy.runtimes._trt import DTYPES, Flavour, probe_reason
 from sparsify_deploy.types import IOTensor

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from sparsify_deploy import regular
+from sparsify_deploy.safety import regular
 from sparsify_deploy.types import Json
 
 FIELD = "signature"

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from sparsify_deploy import native
 from sparsify_deploy.artifacts import durable
 from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import DataError, ModelError, RuntimeUnavailable
 from sparsify_deploy.params import Params as Base
+from sparsify_deploy.process import native
 from sparsify_deploy.runtimes import _metadata, _packages, _profiles, _tensors
 from sparsify_deploy.types import BuildNotes, EngineProfile, IOTensor, LayerTime, Progress
 

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from sparsify_deploy import regular
 from sparsify_deploy.errors import DataError, ModelError
+from sparsify_deploy.safety import regular
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

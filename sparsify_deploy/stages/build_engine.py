@@ -13,8 +13,8 @@ from pydantic import BaseModel
 
 from sparsify_deploy import menu
 from sparsify_deploy.errors import CheckFailed
-from sparsify_deploy.layer_verdict import file_part
 from sparsify_deploy.recipe import Export
+from sparsify_deploy.reporting.layer_verdict import file_part
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.export_onnx import onnx_outputs
 from sparsify_deploy.stages.inference import run_all, run_test

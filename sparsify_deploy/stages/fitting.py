@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import BaseModel
 
-from sparsify_deploy import menu, watch
+from sparsify_deploy import menu
+from sparsify_deploy.process import watch
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.subject import Subject
 from sparsify_deploy.stages.training_checks import mixing

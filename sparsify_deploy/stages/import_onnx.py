@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsify_deploy import menu
 from sparsify_deploy.errors import CheckFailed, DataError, ModelError
-from sparsify_deploy.layer_verdict import file_part
 from sparsify_deploy.recipe import Export
+from sparsify_deploy.reporting.layer_verdict import file_part
 from sparsify_deploy.reports import AS_GIVEN, BenchmarkReport, LayerReport, ModelReport, dump
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.benchmark import BenchmarkEngines, Variant

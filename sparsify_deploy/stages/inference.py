@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sparsify_deploy import native
 from sparsify_deploy.errors import ModelError
+from sparsify_deploy.process import native
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

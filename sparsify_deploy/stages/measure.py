@@ -10,9 +10,9 @@ from typing import ClassVar
 from pydantic import BaseModel
 
 from sparsify_deploy import menu
-from sparsify_deploy.layer_verdict import file_part
 from sparsify_deploy.recipe import NM, Benchmark, Export
 from sparsify_deploy.recipe import Quantize as QuantizeSection
+from sparsify_deploy.reporting.layer_verdict import file_part
 from sparsify_deploy.reports import ModelReport, dump
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.export_onnx import network_of, write_onnx

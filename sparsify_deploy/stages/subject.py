@@ -10,9 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from sparsify_deploy import menu, usercode
+from sparsify_deploy import menu
 from sparsify_deploy.errors import DataError, EnvironmentProblem, ModelError, SparsifyError, is_out_of_memory
 from sparsify_deploy.recipe import CalibrationData, Data, Model, TaskSection
+from sparsify_deploy.safety import usercode
 
 if TYPE_CHECKING:
     import torch

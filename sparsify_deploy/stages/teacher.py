@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsify_deploy import usercode
 from sparsify_deploy.errors import DataError
+from sparsify_deploy.safety import usercode
 from sparsify_deploy.stages.subject import Subject
 from sparsify_deploy.training.settings import Distillation
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsify_deploy import menu, usercode
+from sparsify_deploy import menu
 from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import DataError
 from sparsify_deploy.models._pickled import objects_in
 from sparsify_deploy.recipe import CalibrationData, Data, Model, Recipe, TaskSection
+from sparsify_deploy.safety import usercode
 
 _NAMED = 3
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsify_deploy import usercode
 from sparsify_deploy.errors import DataError
+from sparsify_deploy.safety import usercode
 
 if TYPE_CHECKING:
     from sparsify_deploy.types import Arrays, Batch, Direction, Outputs

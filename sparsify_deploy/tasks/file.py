@@ -55,8 +55,8 @@ def create(params: Params) -> Task:
 
     Raises `DataError` with the file and line where the user's code failed, or with what is wrong with the task.
     """
-    from sparsify_deploy import usercode
     from sparsify_deploy.errors import DataError
+    from sparsify_deploy.safety import usercode
     from sparsify_deploy.tasks._own import checked
 
     made = usercode.make(params.path, params.object, params.arguments, ready=(), error=DataError)

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify_deploy import regular, unpickling
 from sparsify_deploy.artifacts import durable, seal
 from sparsify_deploy.artifacts.hashing import ContentHash, bytes_digest
 from sparsify_deploy.errors import CorruptArtifact, EnvironmentProblem, OutOfResources, UsageError, is_out_of_memory
+from sparsify_deploy.safety import regular, unpickling
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

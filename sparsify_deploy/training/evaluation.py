@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsify_deploy import watch
 from sparsify_deploy.errors import DataError, ModelError
+from sparsify_deploy.process import watch
 from sparsify_deploy.types import Split, Task, outputs_of
 
 if TYPE_CHECKING:

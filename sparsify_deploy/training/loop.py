@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify_deploy.errors import CorruptArtifact, Diverged, Interrupted, UsageError
-from sparsify_deploy.interrupt import at_safe_points
+from sparsify_deploy.process.interrupt import at_safe_points
 from sparsify_deploy.training import checkpoint, forward
 from sparsify_deploy.training.averaging import Average
 from sparsify_deploy.training.batches import Batches, derived_seed, training_batches

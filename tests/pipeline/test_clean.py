@@ -15,7 +15,7 @@ import pytest
 
 from sparsify_deploy.artifacts.lock import locked
 from sparsify_deploy.artifacts.store import ArtifactStore
-from sparsify_deploy.clean import clean, size
+from sparsify_deploy.checkup.clean import clean, size
 from sparsify_deploy.errors import CorruptArtifact, DataError, Locked, UsageError
 
 NAME = "train-" + "ab" * 32
@@ -165,7 +165,7 @@ def test_a_folder_without_marks_stays(run: Path) -> None:
 def test_a_run_at_work_is_left_alone(run: Path) -> None:
     plant(run, LEFT)
     before = everything(run)
-    source = "import sys; from sparsify_deploy.clean import clean; from pathlib import Path; clean(Path(sys.argv[1]))"
+    source = "import pathlib, sys; from sparsify_deploy.checkup import clean; clean.clean(pathlib.Path(sys.argv[1]))"
     with locked(run / "store"):
         done = subprocess.run([sys.executable, "-c", source, run], capture_output=True, text=True, check=False)
         assert "is in use by process" in done.stderr.splitlines()[-1]

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from sparsify_deploy import package, reports
+from sparsify_deploy import reports
 from sparsify_deploy.artifacts import durable
 from sparsify_deploy.artifacts.store import ArtifactStore
 from sparsify_deploy.errors import CorruptArtifact, SparsifyError
+from sparsify_deploy.reporting import package
 from sparsify_deploy.runtimes import _metadata
 from sparsify_deploy.workspace import open_run
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 
 class After(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name != "sparsify_deploy.watch":
+        if name != "sparsify_deploy.process.watch":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -258,8 +258,8 @@ def test_ten_thousand_steps_grow_by_less_than_a_megabyte_in_a_thousand(tmp_path,
 def test_a_gpu_without_room_is_7_and_says_how_much_it_took() -> None:
     import torch
 
-    from sparsify_deploy import memory, watch
     from sparsify_deploy.errors import OutOfResources
+    from sparsify_deploy.process import memory, watch
 
     if not torch.cuda.is_available():
         pytest.skip("torch sees no GPU")

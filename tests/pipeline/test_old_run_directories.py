@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from sparsify_deploy import run_directory, verify, workspace
+from sparsify_deploy import workspace
 from sparsify_deploy.artifacts import durable, layout
 from sparsify_deploy.artifacts.store import ArtifactStore
-from sparsify_deploy.clean import clean
+from sparsify_deploy.checkup import run_directory, verify
+from sparsify_deploy.checkup.clean import clean
+from sparsify_deploy.checkup.verify import DAMAGED, OK, UNMET, Check
 from sparsify_deploy.errors import CorruptArtifact, DataError
-from sparsify_deploy.verify import DAMAGED, OK, UNMET, Check
 
 LAYOUTS = Path(__file__).parent / "layouts"
 RELEASES = sorted(path.name for path in LAYOUTS.iterdir() if path.is_dir())

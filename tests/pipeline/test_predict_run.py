@@ -12,9 +12,10 @@ from subprocess import CompletedProcess
 import numpy as np
 import pytest
 
-from sparsify_deploy import menu, package, workspace
+from sparsify_deploy import menu, workspace
 from sparsify_deploy.errors import CheckFailed
 from sparsify_deploy.predict import likeliest
+from sparsify_deploy.reporting import package
 from sparsify_deploy.reports import RunReport
 from sparsify_deploy.types import Silent
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sparsify_deploy import run_directory, verify
 from sparsify_deploy.artifacts import durable
 from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.artifacts.store import MANIFEST
+from sparsify_deploy.checkup import run_directory, verify
+from sparsify_deploy.checkup.verify import DAMAGED, OK, UNCHECKED, UNMET, Check, Verified
 from sparsify_deploy.errors import DataError, NativeCrash
-from sparsify_deploy.verify import DAMAGED, OK, UNCHECKED, UNMET, Check, Verified
 
 NOTES = ("last", "digests.json", "layout.json", ".lock")
 """In a store: what only remembers, and is made again."""
@@ -179,7 +179,7 @@ def test_damaged_files_are_not_opened(run: Path, monkeypatch: pytest.MonkeyPatch
     for path in (run / "store").rglob("*"):
         if path.suffix in (".safetensors", ".onnx", ".xml", ".bin"):
             flip(path)
-    from sparsify_deploy import pattern_checks
+    from sparsify_deploy.checkup import pattern_checks
     from sparsify_deploy.runtimes import _child
 
     monkeypatch.setattr(pattern_checks, "_opened", lambda path: pytest.fail(f"{path} was opened"))
@@ -253,8 +253,8 @@ def test_initializers_that_break_the_pattern_are_named(run: Path) -> None:
 
 
 def test_the_pattern_of_other_stages_is_read_off_their_records(tmp_path: Path) -> None:
-    from sparsify_deploy import pattern_checks
     from sparsify_deploy.artifacts.store import Record
+    from sparsify_deploy.checkup import pattern_checks
 
     def record(stage: str, measured: dict[str, Any], settings: dict[str, Any], **masks: Any) -> Record:
         path = tmp_path / f"{stage}.safetensors"

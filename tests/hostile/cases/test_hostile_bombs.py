@@ -64,7 +64,7 @@ def read_npz(scene, path: Path):
 
 
 def inputs(scene, path: Path):
-    from sparsify_deploy.compare import read_inputs
+    from sparsify_deploy.reporting.compare import read_inputs
 
     return scene.refused(read_inputs, path)
 

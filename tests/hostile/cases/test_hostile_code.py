@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sparsify_deploy import usercode
 from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import DataError, SparsifyError
 from sparsify_deploy.runtimes import _metadata, _signature
+from sparsify_deploy.safety import usercode
 from sparsify_deploy.types import Silent
 from sparsify_deploy.workspace import open_run
 

@@ -172,7 +172,7 @@ def shape_of(found: list[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_the_page_has_the_elements_it_has_with_a_plain_name(name: str) -> None:
-    from sparsify_deploy.page import page
+    from sparsify_deploy.reporting.page import page
 
     plain, made = elements(page(report("plain"), "d" * 64)), page(report(name), "d" * 64)
     hostile = elements(made)
@@ -186,7 +186,7 @@ def test_the_page_has_the_elements_it_has_with_a_plain_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_the_markdown_has_the_lines_it_has_with_a_plain_name(name: str) -> None:
-    from sparsify_deploy.tables import markdown
+    from sparsify_deploy.reporting.tables import markdown
 
     plain, made = markdown(report("plain")), markdown(report(name))
     assert not UNSEEN.search(made)
@@ -269,7 +269,7 @@ def test_inspect_of_a_file_with_such_names(name: str, scene) -> None:
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_the_configuration_for_triton_is_what_its_own_parser_reads(name: str, tmp_path: Path) -> None:
-    from sparsify_deploy import triton
+    from sparsify_deploy.reporting import triton
 
     text = name.encode("utf-8", "replace").decode()
     engine = tmp_path / "model.onnx"

@@ -341,7 +341,7 @@ def own_code(scene, path: Path):
 
 
 def with_inputs(scene, path: Path):
-    from sparsify_deploy.compare import read_inputs
+    from sparsify_deploy.reporting.compare import read_inputs
 
     return scene.refused(read_inputs, path)
 

@@ -65,7 +65,7 @@ def npy(scene, content: bytes):
 
 
 def inputs(scene, content: bytes):
-    from sparsify_deploy import compare
+    from sparsify_deploy.reporting import compare
 
     return scene.refused(compare.read_inputs, scene.write("inputs.npz", content))
 

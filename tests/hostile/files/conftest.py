@@ -259,8 +259,9 @@ def kinds(mutated, make_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def _arrays(mutated: Callable[[bytes, int], bytes]) -> list[Kind]:
-    from sparsify_deploy import compare, predict
+    from sparsify_deploy import predict
     from sparsify_deploy.datasets import npz as npz_source
+    from sparsify_deploy.reporting import compare
 
     def other_member(content: bytes, seed: int) -> bytes:
         return in_zip(content, lambda inner: mutated(inner, seed), chance_of(seed, ("x_train.npy", "y_test.npy")))
@@ -282,10 +283,10 @@ def _models(state: Mapping[str, bytes]) -> list[Kind]:
 
     from sparsify_deploy.graph import file
     from sparsify_deploy.graph.layers import weight_layers
-    from sparsify_deploy.layer_verdict import file_part
     from sparsify_deploy.models._checkpoint import load_checkpoint
     from sparsify_deploy.models._external_data import locations
     from sparsify_deploy.models._pickled import objects_in
+    from sparsify_deploy.reporting.layer_verdict import file_part
     from sparsify_deploy.sparsity.mask import Mask
     from sparsify_deploy.stages.subject import load_tensors
     from sparsify_deploy.training import checkpoint
@@ -363,12 +364,12 @@ def _data(tokenizer: Path) -> list[Kind]:
 
 
 def _notes(folder: Path) -> list[Kind]:
-    from sparsify_deploy import package
     from sparsify_deploy.artifacts.digests import DigestCache
     from sparsify_deploy.artifacts.store import ArtifactStore
     from sparsify_deploy.prediction import gpus
     from sparsify_deploy.preprocessing import spec
     from sparsify_deploy.preprocessing.prepare import opened
+    from sparsify_deploy.reporting import package
     from sparsify_deploy.runtimes import _metadata
     from sparsify_deploy.types import IOTensor
 

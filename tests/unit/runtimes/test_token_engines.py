@@ -243,7 +243,7 @@ def test_fp16_takes_tokens_as_they_are_and_hides_what_is_masked(made, tmp_path) 
 
 
 def test_triton_serves_a_free_length_and_warms_up_at_the_typical_one(made, tmp_path) -> None:
-    from sparsify_deploy import triton
+    from sparsify_deploy.reporting import triton
 
     engine = tmp_path / "net.onnx"
     onnxruntime.build(made.onnxruntime, engine, onnxruntime.Params())

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from sparsify_deploy import usercode
 from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import DataError, ModelError, SparsifyError
 from sparsify_deploy.recipe import Recipe
+from sparsify_deploy.safety import usercode
 from sparsify_deploy.stages.subject import Subject, TrustedSubject
 
 NET = """

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from sparsify_deploy import cli, deploy
-from sparsify_deploy.compare import Compared, compare, read_inputs
 from sparsify_deploy.errors import DataError, UsageError
 from sparsify_deploy.graph import file
+from sparsify_deploy.reporting.compare import Compared, compare, read_inputs
 
 pytest.importorskip("onnxruntime")
 Net = Callable[..., Path]

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 
 from sparsify_deploy import console
+from sparsify_deploy.checkup.findings import Finding
 from sparsify_deploy.deploy import Benched, Built, Inspected
-from sparsify_deploy.findings import Finding
-from sparsify_deploy.layer_verdict import Known, chain
 from sparsify_deploy.pipeline import Status
 from sparsify_deploy.plan import plan
 from sparsify_deploy.recipe import Recipe
+from sparsify_deploy.reporting.layer_verdict import Known, chain
+from sparsify_deploy.reporting.tables import Table, tables
 from sparsify_deploy.reports import LayerReport, LayerSensitivity, RunReport, Score, SensitivityReport
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.project_nm import LayerForecast
-from sparsify_deploy.tables import Table, tables
 from sparsify_deploy.timing import Copies, Race, Surroundings
 from sparsify_deploy.types import BuildNotes, EngineProfile, LayerTime
 from sparsify_deploy.workspace import Forecast

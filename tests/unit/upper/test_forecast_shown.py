@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from sparsify_deploy import cli, console, tables, workspace
+from sparsify_deploy import cli, console, workspace
 from sparsify_deploy.errors import UsageError
 from sparsify_deploy.graph.workload import Workload
 from sparsify_deploy.prediction.gpus import chosen
 from sparsify_deploy.prediction.roofline import LABEL, Layer
 from sparsify_deploy.recipe import NM, Quantize, Recipe
+from sparsify_deploy.reporting import tables
 from sparsify_deploy.reports import BenchmarkReport, RunReport, dump, load
 from sparsify_deploy.stages import predictions
 from sparsify_deploy.timing import Race

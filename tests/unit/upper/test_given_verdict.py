@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from sparsify_deploy.reporting.tables import markdown, tables, waterfall
 from sparsify_deploy.reports import AS_GIVEN, IN_FLOAT, SAME_GRAPH, BenchmarkReport, RunReport
 from sparsify_deploy.summary import _race_notes
-from sparsify_deploy.tables import markdown, tables, waterfall
 from sparsify_deploy.verdict import Evidence, choice, gates, value_of, verdict
 
 BF16 = f"{AS_GIVEN}, in BF16"
@@ -125,7 +125,7 @@ def test_the_table_has_the_file_and_its_variants_and_no_training(given_report: A
 
 
 def test_the_tables_of_a_file_without_data_say_so(given_report: Any, evidence: Any) -> None:
-    from sparsify_deploy.page import fingerprint, page
+    from sparsify_deploy.reporting.page import fingerprint, page
 
     found = given_report(evidence({AS_GIVEN: 1.0}, accuracy=None))
     assert [line[1:3] for line in waterfall(found).rows] == [("-", "-")]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparsify_deploy.graph.layers import WeightLayer
-from sparsify_deploy.layer_verdict import Known, chain, file_part, judge, times_of
+from sparsify_deploy.reporting.layer_verdict import Known, chain, file_part, judge, times_of
 from sparsify_deploy.reports import LayerReport, LayerVerdict
 from sparsify_deploy.types import EngineProfile, LayerTime
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sparsify_deploy import page
+from sparsify_deploy.reporting import page
+from sparsify_deploy.reporting.tables import tables
 from sparsify_deploy.reports import Curve, RunReport, Shipped, StepRow
-from sparsify_deploy.tables import tables
 
 HOSTILE = "<script>alert(1)</script>\"'&\N{GREEK SMALL LETTER ALPHA}</style>"
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from sparsify_deploy import page
+from sparsify_deploy.reporting import page
+from sparsify_deploy.reporting.tables import tables
 from sparsify_deploy.reports import Curve, RunReport, Shipped
-from sparsify_deploy.tables import tables
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<script>alert(1)</script>\"'\N{GREEK SMALL LETTER ALPHA}"

@@ -15,12 +15,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sparsify_deploy import console, deploy, package, predict
+from sparsify_deploy import console, deploy, predict
 from sparsify_deploy.__main__ import main
 from sparsify_deploy.artifacts import durable
 from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import CorruptArtifact, DataError, MissingExtra, RuntimeUnavailable, UsageError
 from sparsify_deploy.preprocessing.spec import ArrayInput, ArraySpec, ImageSpec, Spec, TextSpec
+from sparsify_deploy.reporting import package
 
 pytest.importorskip("onnxruntime")
 Image = pytest.importorskip("PIL.Image")

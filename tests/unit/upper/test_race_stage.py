@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sparsify_deploy.errors import CheckFailed
 from sparsify_deploy.export.axes import FreeAxes
-from sparsify_deploy.layer_verdict import times_of
 from sparsify_deploy.recipe import Benchmark, Export
+from sparsify_deploy.reporting.layer_verdict import times_of
 from sparsify_deploy.reports import SAME_GRAPH, BenchmarkReport, load
 from sparsify_deploy.runtimes import openvino
 from sparsify_deploy.stages import build_engine

@@ -13,15 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from sparsify_deploy import supervisor, watch
+from sparsify_deploy import supervisor
+from sparsify_deploy.process import watch
+from sparsify_deploy.process.watch import Doing
 from sparsify_deploy.supervisor import End, verdict
-from sparsify_deploy.watch import Doing
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux ties a child to its parent")
 
 PROGRAM = """\
 import ctypes, os, signal, sys, time
-from sparsify_deploy import supervisor, watch
+from sparsify_deploy import supervisor
+from sparsify_deploy.process import watch
 
 def told(text):
     print(text, flush=True)

@@ -11,7 +11,21 @@ from pathlib import Path
 import pytest
 
 from sparsify_deploy.errors import CorruptArtifact
-from sparsify_deploy.layer_verdict import Known, chain
+from sparsify_deploy.reporting.layer_verdict import Known, chain
+from sparsify_deploy.reporting.tables import (
+    Table,
+    advice,
+    engines,
+    kib,
+    layer_table,
+    layers,
+    levels,
+    markdown,
+    race_table,
+    sensitivity,
+    tables,
+    waterfall,
+)
 from sparsify_deploy.reports import (
     Gate,
     LayerSensitivity,
@@ -25,20 +39,6 @@ from sparsify_deploy.reports import (
     dump,
     load,
     to_json,
-)
-from sparsify_deploy.tables import (
-    Table,
-    advice,
-    engines,
-    kib,
-    layer_table,
-    layers,
-    levels,
-    markdown,
-    race_table,
-    sensitivity,
-    tables,
-    waterfall,
 )
 from sparsify_deploy.timing import Race
 from sparsify_deploy.types import EngineProfile, LayerTime

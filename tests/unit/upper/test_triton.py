@@ -12,9 +12,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from sparsify_deploy import triton
 from sparsify_deploy.errors import UsageError
 from sparsify_deploy.preprocessing.spec import TextSpec, from_json
+from sparsify_deploy.reporting import triton
 
 Values = Sequence[tuple[str, int, Sequence[int | str]]]
 IMAGE: tuple[Values, Values] = ([("x", TensorProto.FLOAT, ["N", 3, 8, 8])], [("y", TensorProto.FLOAT, ["N", 10])])

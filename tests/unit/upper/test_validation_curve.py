@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from sparsify_deploy import page, summary
+from sparsify_deploy import summary
+from sparsify_deploy.reporting import page
 from sparsify_deploy.reports import Curve, RunReport
 
 HISTORY = {"losses": [[1, 2.5], [6, 1.0]], "metric": "accuracy", "curve": [[3, 0.25], [6, 0.75]]}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sparsify_deploy import menu
-from sparsify_deploy.layer_verdict import Known, chain
+from sparsify_deploy.reporting.layer_verdict import Known, chain
 from sparsify_deploy.reports import SAME_GRAPH, BenchmarkReport, EngineRow, Gate, Row
 from sparsify_deploy.timing import Race
 from sparsify_deploy.verdict import SPARSE_KERNELS, Evidence, choice, gates, value_of, verdict

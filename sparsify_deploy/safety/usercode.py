@@ -23,7 +23,7 @@ from types import ModuleType
 
 from sparsify_deploy.errors import DataError, SparsifyError, is_out_of_memory
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _LONGEST_MESSAGE = 300
 
 _approved: dict[Path, str] = {}

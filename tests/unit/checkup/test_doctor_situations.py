@@ -15,8 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sparsify_deploy import doctor, doctor_places
-from sparsify_deploy.findings import Finding
+from sparsify_deploy.checkup import doctor, doctor_places
+from sparsify_deploy.checkup.findings import Finding
 
 NMS = "raise RuntimeError('operator torchvision::nms does not exist')"
 SEGFAULT = "import ctypes; ctypes.string_at(0)"
@@ -140,7 +140,7 @@ def test_a_card_without_its_driver_is_not_no_card(tmp_path, monkeypatch) -> None
 def asked(code: str, **options: object) -> list[Finding]:
     """The findings of an expression over `places`, in a process of its own."""
     program = (
-        "import json; from pathlib import Path; from sparsify_deploy import doctor_places as places\n"
+        "import json; from pathlib import Path; from sparsify_deploy.checkup import doctor_places as places\n"
         f"print(json.dumps([vars(each) for each in {code}]))"
     )
     done = subprocess.run(
@@ -205,7 +205,7 @@ def mounted() -> Callable[[str, str, str], list[Finding]]:
 
     def ask(options: str, prepare: str, code: str) -> list[Finding]:
         program = (
-            "import json; from pathlib import Path; from sparsify_deploy import doctor_places as places\n"
+            "import json; from pathlib import Path; from sparsify_deploy.checkup import doctor_places as places\n"
             f"print(json.dumps([vars(each) for each in {code}]))"
         )
         with tempfile.TemporaryDirectory() as place:

@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsify_deploy import menu, pattern_checks, run_directory
+from sparsify_deploy import menu
 from sparsify_deploy.artifacts import durable, seal
 from sparsify_deploy.artifacts.environment import available_cores
 from sparsify_deploy.artifacts.fingerprint import digest, file_digest, files_below
 from sparsify_deploy.artifacts.hashing import algorithm_of, difference
 from sparsify_deploy.artifacts.store import MANIFEST, Record, record_in
+from sparsify_deploy.checkup import pattern_checks, run_directory
+from sparsify_deploy.checkup.run_directory import Entry, RunDirectory
 from sparsify_deploy.errors import CorruptArtifact, EnvironmentProblem, SparsifyError
-from sparsify_deploy.package import NOTE
+from sparsify_deploy.reporting.package import NOTE
 from sparsify_deploy.reports import REPORTS, SUMS
-from sparsify_deploy.run_directory import Entry, RunDirectory
 from sparsify_deploy.runtimes import _child
 from sparsify_deploy.runtimes._metadata import check as check_engine
 from sparsify_deploy.types import Json, Progress, Silent
@@ -409,7 +410,7 @@ def _compared(part: str, engine: Path, onnx: Path, record: Record) -> Check:
     recorded = record.measured.get("parity", {}).get("max_relative", 0.0)
     try:
         found = _child.call(
-            "sparsify_deploy.verify:compare_in_child",
+            "sparsify_deploy.checkup.verify:compare_in_child",
             {"onnx": str(onnx), "engine": str(engine)},
             what=f"running {engine}",
             time_limit_s=_PARITY_LIMIT_S,
@@ -427,7 +428,7 @@ def _compared(part: str, engine: Path, onnx: Path, record: Record) -> Check:
 
 def compare_in_child(request: Json) -> Json:
     """The child's side: the worst output of an engine against its ONNX file in ONNX Runtime."""
-    from sparsify_deploy.compare import compare
+    from sparsify_deploy.reporting.compare import compare
 
     found = compare(Path(request["onnx"]), Path(request["engine"]), layers=False)
     worst = max(output.relative for output in found.outputs)

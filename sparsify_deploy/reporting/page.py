@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparsify_deploy.printable import printable
+from sparsify_deploy.reporting.tables import Table, tables
 from sparsify_deploy.reports import LayerReport, RunReport, to_json
-from sparsify_deploy.tables import Table, tables
+from sparsify_deploy.safety.printable import printable
 from sparsify_deploy.types import Json
 
 TEMPLATE = Path(__file__).with_name("page.html")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsify_deploy.redaction import HIDDEN, redact, redacted, secrets
+from sparsify_deploy.safety.redaction import HIDDEN, redact, redacted, secrets
 
 NOTHING: dict[str, str] = {}
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sparsify_deploy import watch
 from sparsify_deploy.errors import SPENT, OutOfResources, is_out_of_memory
+from sparsify_deploy.process import watch
 
 _NATIVE = ("out of memory", "memory allocation of", "memoryerror", "unable to allocate", "thread creation failed")
 """More of what is written to stderr before a process ends itself."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from sparsify_deploy.artifacts import durable
 from sparsify_deploy.errors import ModelError, UsageError
 from sparsify_deploy.preprocessing import spec
-from sparsify_deploy.printable import one_line
+from sparsify_deploy.safety.printable import one_line
 from sparsify_deploy.types import IOTensor, Json
 
 SERVED = {"tensorrt": "model.plan", "onnxruntime": "model.onnx", "openvino": "model.xml"}

@@ -11,10 +11,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from sparsify_deploy import run_directory
 from sparsify_deploy.artifacts import lock
+from sparsify_deploy.checkup import run_directory
+from sparsify_deploy.checkup.findings import Finding
 from sparsify_deploy.errors import SparsifyError
-from sparsify_deploy.findings import Finding
 
 _LEAST_FREE_GIB = 5.0
 _FULL_GIB = 0.05

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sparsify_deploy import memory, watch
+from sparsify_deploy.process import memory, watch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

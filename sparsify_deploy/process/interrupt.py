@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from sparsify_deploy import watch
 from sparsify_deploy.errors import Interrupted
+from sparsify_deploy.process import watch
 
 _asked = threading.Event()
 _polling = 0

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sparsify_deploy.layer_verdict import NAMES
 from sparsify_deploy.prediction.roofline import LABEL, GpuForecast
-from sparsify_deploy.printable import one_line
+from sparsify_deploy.reporting.layer_verdict import NAMES
 from sparsify_deploy.reports import (
     BenchmarkReport,
     LayerChain,
@@ -19,6 +18,7 @@ from sparsify_deploy.reports import (
     SensitivityReport,
 )
 from sparsify_deploy.runtimes._tensors import RANDOM_INPUTS
+from sparsify_deploy.safety.printable import one_line
 from sparsify_deploy.timing import Race
 from sparsify_deploy.types import EngineProfile
 from sparsify_deploy.verdict import SPARSE_KERNELS

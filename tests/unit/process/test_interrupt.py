@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from sparsify_deploy.interrupt import stoppable
+from sparsify_deploy.process.interrupt import stoppable
 
 HEAD = """\
 import os, signal
-from sparsify_deploy.interrupt import at_safe_points, stoppable
+from sparsify_deploy.process.interrupt import at_safe_points, stoppable
 
 def send(number):
     os.kill(os.getpid(), number)
@@ -35,7 +35,7 @@ def child(program: str, *arguments: str) -> tuple[int, list[str]]:
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_the_work_at_once_and_names_the_step(number: str) -> None:
     program = f"""
-from sparsify_deploy import watch
+from sparsify_deploy.process import watch
 from sparsify_deploy.errors import Interrupted
 try:
     with stoppable(), watch.step("sparse/benchmark"):
@@ -55,7 +55,7 @@ except Interrupted as error:
 def test_at_safe_points_a_signal_only_asks_and_what_nobody_asked_for_ends_with_the_block(number: str) -> None:
     program = f"""
 from sparsify_deploy.errors import Interrupted
-from sparsify_deploy.interrupt import at_safe_points
+from sparsify_deploy.process.interrupt import at_safe_points
 try:
     with stoppable() as asked:
         with at_safe_points():
@@ -80,7 +80,7 @@ with stoppable() as asked, at_safe_points():
 def test_a_sigint_after_it_ends_also_what_polls(number: str) -> None:
     program = f"""
 from sparsify_deploy.errors import Interrupted
-from sparsify_deploy.interrupt import at_safe_points
+from sparsify_deploy.process.interrupt import at_safe_points
 try:
     with stoppable() as asked, at_safe_points():
         send(signal.{number})

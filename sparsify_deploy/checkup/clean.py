@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsify_deploy import run_directory
 from sparsify_deploy.artifacts import durable
 from sparsify_deploy.artifacts.store import ArtifactStore
+from sparsify_deploy.checkup import run_directory
+from sparsify_deploy.checkup.run_directory import Entry, RunDirectory
 from sparsify_deploy.errors import UsageError
-from sparsify_deploy.run_directory import Entry, RunDirectory
 
 
 @dataclass(frozen=True)

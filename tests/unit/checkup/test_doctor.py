@@ -9,9 +9,10 @@ from importlib import metadata
 
 import pytest
 
-from sparsify_deploy import doctor, menu
+from sparsify_deploy import menu
 from sparsify_deploy.artifacts import environment
-from sparsify_deploy.findings import Finding
+from sparsify_deploy.checkup import doctor
+from sparsify_deploy.checkup.findings import Finding
 from sparsify_deploy.runtimes import _packages
 
 
@@ -51,7 +52,7 @@ def test_the_core_alone_is_enough():
         "    if any(part in name.replace('-', '_') for part in blocked): raise m.PackageNotFoundError(name)\n"
         "    return version(name)\n"
         "m.version = known\n"
-        "from sparsify_deploy.doctor import diagnose\n"
+        "from sparsify_deploy.checkup.doctor import diagnose\n"
         "print({f.name: f.state for f in diagnose()})"
     )
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

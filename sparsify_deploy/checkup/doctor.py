@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from sparsify_deploy import doctor_places, menu
+from sparsify_deploy import menu
 from sparsify_deploy.artifacts import environment
+from sparsify_deploy.checkup import doctor_places
+from sparsify_deploy.checkup.findings import Finding, State
 from sparsify_deploy.errors import NativeCrash, OutOfResources
-from sparsify_deploy.findings import Finding, State
 from sparsify_deploy.runtimes import _child, _packages
 from sparsify_deploy.types import Json
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
-from sparsify_deploy import menu, native
+from sparsify_deploy import menu
 from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import CorruptArtifact, DataError, RuntimeUnavailable, UsageError
+from sparsify_deploy.process import native
 from sparsify_deploy.types import IOTensor
 
 if TYPE_CHECKING:
