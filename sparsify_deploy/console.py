@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sparsify_deploy.predict import Predicted
     from sparsify_deploy.recipe import Recipe
     from sparsify_deploy.reporting.compare import Compared
-    from sparsify_deploy.reporting.tables import Table
+    from sparsify_deploy.reporting.table import Table
     from sparsify_deploy.reports import RunReport, SensitivityReport
     from sparsify_deploy.starter import Start
     from sparsify_deploy.types import Json, Progress
@@ -264,7 +264,8 @@ def forecast(found: Forecast, *, as_json: bool) -> None:
     from dataclasses import asdict
 
     from sparsify_deploy.prediction.roofline import LABEL
-    from sparsify_deploy.reporting.tables import Table, forecasts
+    from sparsify_deploy.reporting.forecast_tables import forecasts
+    from sparsify_deploy.reporting.table import Table
 
     if as_json:
         _json(
@@ -390,7 +391,7 @@ def verified(found: Verified, *, as_json: bool) -> None:
     """What a run directory holds, checked; what is wrong stands on stderr as well, a line each with the remedy."""
     from dataclasses import asdict
 
-    from sparsify_deploy.reporting.tables import Table
+    from sparsify_deploy.reporting.table import Table
 
     wrong = [check for state in ("DAMAGED", "NOT MET") for check in found.of(state)]
     if as_json:
@@ -433,7 +434,7 @@ def cleaned(found: Cleaned, *, as_json: bool) -> None:
 
 def sensitivity(found: SensitivityReport, *, as_json: bool) -> None:
     """What each layer alone costs, the worst first."""
-    from sparsify_deploy.reporting.tables import sensitivity as table
+    from sparsify_deploy.reporting.layer_tables import sensitivity as table
     from sparsify_deploy.reports import to_json
 
     if as_json:
@@ -472,7 +473,7 @@ def compared(found: Compared, *, as_json: bool) -> None:
     """How far two files of one network are apart, and where that begins."""
     from dataclasses import asdict
 
-    from sparsify_deploy.reporting.tables import Table
+    from sparsify_deploy.reporting.table import Table
 
     if as_json:
         _json({**asdict(found), "differ": found.differ})
@@ -519,7 +520,7 @@ def inspected(found: Inspected, *, as_json: bool) -> None:
     """What a model file holds, and what is known of which layers run sparse."""
     from dataclasses import asdict
 
-    from sparsify_deploy.reporting.tables import layer_table, profile_table
+    from sparsify_deploy.reporting.layer_tables import layer_table, profile_table
 
     if as_json:
         _json(asdict(found))

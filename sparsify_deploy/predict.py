@@ -15,7 +15,7 @@ from sparsify_deploy.preprocessing.spec import ArraySpec, ImageSpec, Raw, Spec, 
 from sparsify_deploy.process import native
 from sparsify_deploy.reporting.package import Package, check_runs
 from sparsify_deploy.reporting.package import read as read_package
-from sparsify_deploy.reporting.tables import Table
+from sparsify_deploy.reporting.table import Table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

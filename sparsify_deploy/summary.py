@@ -428,8 +428,8 @@ def _plain(part: object) -> Json:
 
 
 def _write_reports(folder: Path, report: RunReport) -> None:
+    from sparsify_deploy.reporting.markdown import markdown
     from sparsify_deploy.reporting.page import fingerprint, is_current, page
-    from sparsify_deploy.reporting.tables import markdown
 
     shown = fingerprint(report)
     durable.write_text(folder / REPORTS[0], dump(report))

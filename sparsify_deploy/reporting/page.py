@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparsify_deploy.reporting.tables import Table, tables
+from sparsify_deploy.reporting.table import Table
+from sparsify_deploy.reporting.tables import tables
 from sparsify_deploy.reports import LayerReport, RunReport, to_json
 from sparsify_deploy.safety.printable import printable
 from sparsify_deploy.types import Json

@@ -222,8 +222,8 @@ def test_every_test_that_the_page_on_reliability_names_is_there() -> None:
 
 
 def test_every_column_of_the_layer_table_is_explained() -> None:
+    from sparsify_deploy.reporting.layer_tables import layer_table
     from sparsify_deploy.reporting.layer_verdict import Known, chain
-    from sparsify_deploy.reporting.tables import layer_table
 
     columns = {"dense / sparse ms", *layer_table(chain("a model", (), Known(runtime="tensorrt"))).columns}
     rows = re.findall(r"^\| ([^|]*?) \|", PAGES["verdict.md"], re.MULTILINE)

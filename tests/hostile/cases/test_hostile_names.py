@@ -186,7 +186,7 @@ def test_the_page_has_the_elements_it_has_with_a_plain_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_the_markdown_has_the_lines_it_has_with_a_plain_name(name: str) -> None:
-    from sparsify_deploy.reporting.tables import markdown
+    from sparsify_deploy.reporting.markdown import markdown
 
     plain, made = markdown(report("plain")), markdown(report(name))
     assert not UNSEEN.search(made)

@@ -18,7 +18,8 @@ from sparsify_deploy.pipeline import Status
 from sparsify_deploy.plan import plan
 from sparsify_deploy.recipe import Recipe
 from sparsify_deploy.reporting.layer_verdict import Known, chain
-from sparsify_deploy.reporting.tables import Table, tables
+from sparsify_deploy.reporting.table import Table
+from sparsify_deploy.reporting.tables import tables
 from sparsify_deploy.reports import LayerReport, LayerSensitivity, RunReport, Score, SensitivityReport
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.project_nm import LayerForecast

@@ -17,7 +17,7 @@ from sparsify_deploy.graph.workload import Workload
 from sparsify_deploy.prediction.gpus import chosen
 from sparsify_deploy.prediction.roofline import LABEL, Layer
 from sparsify_deploy.recipe import NM, Quantize, Recipe
-from sparsify_deploy.reporting import tables
+from sparsify_deploy.reporting import forecast_tables, tables
 from sparsify_deploy.reports import BenchmarkReport, RunReport, dump, load
 from sparsify_deploy.stages import predictions
 from sparsify_deploy.timing import Race
@@ -98,7 +98,7 @@ def test_the_report_keeps_predictions_and_its_table_says_what_was_not_measured(
     path = tmp_path / "report.json"
     path.write_text(dump(whole))
     assert load(RunReport, path).predictions == whole.predictions
-    table = tables.predictions(whole)
+    table = forecast_tables.predictions(whole)
     assert [row[:2] for row in table.rows] == [
         ("a100", "1"),
         ("a100", "32"),
@@ -110,7 +110,7 @@ def test_the_report_keeps_predictions_and_its_table_says_what_was_not_measured(
     assert {row[7] for row in table.rows[:4]} == {LABEL}
     assert table.rows[4][4:7] == ("1.00x", "-", "1.00x [0.99, 1.00]")
     assert table.title in [t.title for t in tables.tables(whole)]
-    assert not tables.predictions(report).rows
+    assert not forecast_tables.predictions(report).rows
 
 
 def forecast_of() -> workspace.Forecast:

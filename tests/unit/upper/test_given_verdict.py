@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from sparsify_deploy.reporting.tables import markdown, tables, waterfall
+from sparsify_deploy.reporting.markdown import markdown
+from sparsify_deploy.reporting.tables import tables, waterfall
 from sparsify_deploy.reports import AS_GIVEN, IN_FLOAT, SAME_GRAPH, BenchmarkReport, RunReport
 from sparsify_deploy.summary import _race_notes
 from sparsify_deploy.verdict import Evidence, choice, gates, value_of, verdict

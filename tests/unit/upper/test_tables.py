@@ -11,21 +11,11 @@ from pathlib import Path
 import pytest
 
 from sparsify_deploy.errors import CorruptArtifact
+from sparsify_deploy.reporting.layer_tables import advice, layer_table, layers, sensitivity
 from sparsify_deploy.reporting.layer_verdict import Known, chain
-from sparsify_deploy.reporting.tables import (
-    Table,
-    advice,
-    engines,
-    kib,
-    layer_table,
-    layers,
-    levels,
-    markdown,
-    race_table,
-    sensitivity,
-    tables,
-    waterfall,
-)
+from sparsify_deploy.reporting.markdown import markdown
+from sparsify_deploy.reporting.table import Table
+from sparsify_deploy.reporting.tables import engines, kib, levels, race_table, tables, waterfall
 from sparsify_deploy.reports import (
     Gate,
     LayerSensitivity,

@@ -14,7 +14,8 @@ from sparsify_deploy.artifacts.store import Record
 from sparsify_deploy.pipeline import Outcome
 from sparsify_deploy.plan import plan
 from sparsify_deploy.recipe import Recipe
-from sparsify_deploy.reporting.tables import sensitivity, waterfall
+from sparsify_deploy.reporting.layer_tables import sensitivity
+from sparsify_deploy.reporting.tables import waterfall
 from sparsify_deploy.reports import LayerSensitivity, RunReport, Score, SensitivityReport
 from sparsify_deploy.stages.project_nm import LayerForecast
 from sparsify_deploy.summary import _notes
