@@ -224,7 +224,7 @@ def _code(error: BaseException) -> str:
 def _command(arguments: Sequence[str] | None) -> str:
     import shlex
 
-    return shlex.join(sys.argv if arguments is None else arguments)
+    return shlex.join(map(redact, sys.argv if arguments is None else arguments))  # quoting may split what is secret
 
 
 @contextmanager

@@ -8,10 +8,12 @@ environment variable whose name says that it is secret. What has neither mark is
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
+from urllib.parse import quote, quote_plus
 
 T = TypeVar("T")
 
@@ -70,16 +72,23 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
 
 
 def secrets(environment: Mapping[str, str]) -> list[str]:
-    """The values of variables whose names say that they are secret, the longest first.
+    """The values of variables whose names say that they are secret, the longest first, plain and as they are quoted.
 
     A value that is a path, or too short to be told from other text, is none.
     """
     found = {
-        value.strip()
+        form
         for name, value in environment.items()
         if _NAMES.search(name) and len(value.strip()) >= _SHORTEST and not value.startswith(("/", "./", "~"))
+        for form in _written(value.strip())
     }
     return sorted(found, key=lambda value: (-len(value), value))
+
+
+def _written(value: str) -> tuple[str, ...]:
+    """A value as it stands in text, in Python's and JSON's quotes, in bytes that are shown, and in an address."""
+    quoted = repr(value)[1:-1], json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]
+    return value, *quoted, ascii(value)[1:-1], quote(value, safe=""), quote_plus(value)
 
 
 def redacted(value: T) -> T:
@@ -109,7 +118,7 @@ def _walked(value: Any, values: Sequence[str]) -> Any:
         return dataclasses.replace(value, **changed) if changed else value
     if isinstance(value, Mapping):
         return {
-            key: HIDDEN if isinstance(each, str) and _KEY.search(str(key)) else _walked(each, values)
+            _walked(key, values): HIDDEN if isinstance(each, str) and _KEY.search(str(key)) else _walked(each, values)
             for key, each in value.items()
         }
     if isinstance(value, (list, tuple)):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import string
+from urllib.parse import quote, quote_plus
 
 import pytest
 from hypothesis import given
@@ -92,6 +94,18 @@ def test_values_of_other_variables_stay(name: str, value: str) -> None:
     assert redact(f"x {value} y", {name: value}) == f"x {value} y"
 
 
+@pytest.mark.parametrize("secret", ["pa'ss word1", 'pä"ss\\word1', "a+b&c=d/e f", "tab\tand\nline"])
+def test_a_value_goes_in_whatever_quotes_it_stands(secret: str) -> None:
+    written = [secret, repr(secret), ascii(secret), json.dumps(secret), json.dumps(secret, ensure_ascii=False)]
+    written += [repr(["x", secret]), f"https://host/?q={quote_plus(secret)}", f"https://host/{quote(secret, safe='')}"]
+    for text in written:
+        assert redact(text, {"DB_PASSWORD": secret}).strip("[]'\"x, ") in (
+            HIDDEN.strip("[]"),
+            f"https://host/?q={HIDDEN}".strip("]"),
+            f"https://host/{HIDDEN}".strip("]"),
+        )
+
+
 def test_the_longer_of_two_secrets_goes_first() -> None:
     found = redact("abcdefgh-ijkl abcdefgh", {"A_TOKEN": "abcdefgh", "B_TOKEN": "abcdefgh-ijkl"})
     assert found == f"{HIDDEN} {HIDDEN}"
@@ -163,3 +177,4 @@ def test_values_of_every_shape_are_walked(monkeypatch: pytest.MonkeyPatch) -> No
         (Inner(f"a {HIDDEN}"), Inner("b", 2)), {"list": [HIDDEN, 1.5, None], "password": HIDDEN, "n": True}
     )
     assert found.inner[1] is outer.inner[1]
+    assert redacted({"of zzyyxxww": 1, 2: "b"}) == {f"of {HIDDEN}": 1, 2: "b"}

@@ -203,6 +203,17 @@ def test_what_is_no_file_of_the_folder_is_refused_and_left_alone(tmp_path: Path,
     assert other.read_text(encoding="utf-8") == "other"
 
 
+def test_a_secret_that_a_shell_would_quote_is_not_in_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DB_PASSWORD", "pa'ss word1")
+    with keeping(tmp_path, Shown(), "run", arguments=["sparsify-deploy", "run", "--run-dir", "x-pa'ss word1"]):
+        pass
+    text = (tmp_path / "run.log").read_text(encoding="utf-8")
+    assert "sparsify-deploy run --run-dir 'x-[hidden]'" in text
+    assert "word1" not in text
+
+
 KILLED = """
 import sys
 from pathlib import Path
