@@ -108,7 +108,7 @@ def prepare(model: nn.Module, settings: Int8Settings) -> Quantized:
     check_patterns(settings.keep_float, [*rows, *(place.name for place in places)])
     if not chosen:
         raise ModelError("no Conv or Linear layer is left to quantise: drop the quantize section or keep_float")
-    with _quiet():
+    with _quiet(), _recurrent_aside(module):
         mtq.quantize(module, _config(chosen), None)
     for name in chosen:
         if not hasattr(module.get_submodule(name), "weight_quantizer"):
@@ -122,6 +122,20 @@ def prepare(model: nn.Module, settings: Int8Settings) -> Quantized:
     module.recompile()
     others = (row for row in (*broken, *unquantised_rows(module)) if row.name not in rows)
     return Quantized(module, (*rows.values(), *others), tied)
+
+
+@contextlib.contextmanager
+def _recurrent_aside(module: nn.Module) -> Iterator[None]:
+    """Within it, recurrent layers are not in `module`: modelopt writes them out as loops over a length that tracing
+    then fixes, and a runtime loses its fused kernel, though none of their quantizers is switched on."""
+    recurrent = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.RNNBase)}
+    for name in recurrent:
+        module.set_submodule(name, nn.Identity())
+    try:
+        yield
+    finally:
+        for name, layer in recurrent.items():
+            module.set_submodule(name, layer)
 
 
 def calibrate_(quantized: Quantized, batches: Iterable[Batch], inputs: Sequence[str]) -> Calibration:

@@ -60,6 +60,9 @@ def unquantised_rows(module: fx.GraphModule) -> Iterator[Row]:
     """What else computes in float: BatchNorms that stayed, functional products, adds no tracing sees."""
     for name, reason in unfolded(module).items():
         yield Row(name, type(module.get_submodule(name)).__name__, False, f"not folded: {reason}")
+    for name, child in module.named_modules():
+        if isinstance(child, (nn.RNNBase, nn.RNNCellBase)):
+            yield Row(name, type(child).__name__, False, "float: recurrent layers are not quantised")
     for node in module.graph.nodes:
         called = node.op == "call_function" and node.target in _FUNCTIONS
         if called or (node.op == "call_method" and node.target in _METHODS):

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -115,15 +116,14 @@ def open(
     `shapes` fixes dynamic axes, which makes it faster; None keeps them. Raises DataError where it cannot be read or
     a shape does not fit, RuntimeUnavailable where this CPU lacks the precision.
     """
-    compiled, inputs = _compiled(engine, params, threads, shapes, profiled=False)
-    yield OpenVinoSession(compiled, inputs, _describe(compiled.outputs))
+    yield OpenVinoSession(*_compiled(engine, params, threads, shapes, profiled=False))
 
 
 def profile(engine: Path, params: Params, inputs: Arrays, /, *, threads: int = 1) -> EngineProfile:
     """Wall time of every primitive that ran, ms, of 60 runs; nodes by their ONNX names, fused ones included."""
     shapes = {name: tuple(array.shape) for name, array in inputs.items()}
-    compiled, tensors = _compiled(engine, params, threads, shapes, profiled=True)
-    session = OpenVinoSession(compiled, tensors, _describe(compiled.outputs))
+    compiled, given, outputs = _compiled(engine, params, threads, shapes, profiled=True)
+    session = OpenVinoSession(compiled, given, outputs)
     session.bind(inputs)
     taken: dict[str, list[float]] = {}
     with native.call(f"OpenVINO profiling {engine.name}") as renew:
@@ -166,8 +166,8 @@ def _onnx_name(node: str) -> str:
 
 def _compiled(
     engine: Path, params: Params, threads: int, shapes: Mapping[str, tuple[int, ...]] | None, *, profiled: bool
-) -> tuple[Any, tuple[IOTensor, ...]]:
-    """The IR compiled for the CPU, and its inputs with `shapes` put in."""
+) -> tuple[Any, tuple[IOTensor, ...], tuple[IOTensor, ...]]:
+    """The IR compiled for the CPU, its inputs with `shapes` put in, and its outputs."""
     _metadata.judge(engine)
     openvino = _package()
     if reason := _precision_reason(openvino, params):
@@ -186,7 +186,9 @@ def _compiled(
             compiled = core.compile_model(model, "CPU", {**_settings(params, threads), "PERF_COUNT": profiled})
     except RuntimeError as error:
         raise ModelError(f"{engine}: OpenVINO cannot compile it: {_one_line(error)}") from None
-    return compiled, inputs
+    # an output that a layer reads as well has the names of both once it is compiled, in no order
+    outputs = zip(_describe(compiled.outputs), _describe(model.outputs), strict=True)
+    return compiled, inputs, tuple(replace(now, name=given.name) for now, given in outputs)
 
 
 class OpenVinoSession:

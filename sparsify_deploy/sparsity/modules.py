@@ -29,6 +29,8 @@ _SPATIAL = _modules(
     "Upsample UpsamplingNearest2d UpsamplingBilinear2d ZeroPad1d ZeroPad2d ZeroPad3d ConstantPad1d ConstantPad2d "
     "ConstantPad3d ReflectionPad1d ReflectionPad2d ReflectionPad3d ReplicationPad1d ReplicationPad2d ReplicationPad3d"
 )
+_KEEPING = (*_ELEMENTWISE, *_SPATIAL, nn.Flatten, nn.Unflatten, nn.PReLU, _BatchNorm, _InstanceNorm)
+"""After one of these a value without a layout has none for the reason that it had before."""
 _BLOCKS = _modules("TransformerEncoderLayer TransformerDecoderLayer")
 
 
@@ -41,7 +43,7 @@ def follow(visit: Visit) -> Layout | None:
     layout = visit.layout(source)
     if layout is None:
         visit.freeze("it is read beside a value without channels")
-        visit.inherit()
+        visit.inherit(f"{visit.node.target} ({type(module).__name__})", keeps=isinstance(module, _KEEPING))
         _blocks(visit, module)
         return None
     assert source is not None

@@ -54,9 +54,12 @@ class Visit:
         self.freeze(reason)
         self.why[self.node] = f"its input comes through a barrier: {reason}"
 
-    def inherit(self) -> None:
-        """Nothing to follow: the reason is that of the first argument which has one."""
+    def inherit(self, what: str, *, keeps: bool) -> None:
+        """Nothing to follow: the reason is that of the first argument which has one, if `what` only `keeps` channels;
+        else that nothing is known of those that it makes."""
         reasons = [self.why[node] for node in self.node.all_input_nodes if node in self.why]
+        if not keeps:
+            reasons = [f"it reads what {what} makes, whose channels are not followed"]
         self.why[self.node] = reasons[0] if reasons else "its input has no channels the graph computes"
 
 
@@ -66,7 +69,7 @@ def follow(visit: Visit) -> Layout | None:
     if name in _SHAPE_QUERIES and node not in visit.shapes:
         return None
     if not any(visit.layout(source) for source in node.all_input_nodes):
-        visit.inherit()
+        visit.inherit(f"{name or _plain_name(node)} ({node.name})", keeps=name in _RULES)
         return None
     rule = _RULES.get(name)
     if rule is None or node not in visit.shapes or "out" in node.kwargs:
@@ -88,6 +91,11 @@ def _name(node: fx.Node) -> str:
     if node.target is len:
         return "len"
     return _FUNCTIONS.get(node.target, "")
+
+
+def _plain_name(node: fx.Node) -> str:
+    """What a function is called in Python, for one that has no rule."""
+    return str(getattr(node.target, "__name__", node.target))
 
 
 def _keep(visit: Visit) -> Layout | None:

@@ -35,7 +35,7 @@ class Quantize:
     distillation: Distillation | None = None
 
     name: ClassVar[str] = "quantize"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     outputs: ClassVar[Mapping[str, str]] = {"quantized": "quantized.safetensors"}
     environment: ClassVar[tuple[str, ...]] = ("modelopt",)
 

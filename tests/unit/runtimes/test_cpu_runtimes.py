@@ -229,3 +229,33 @@ def test_one_free_axis_cannot_have_two_sizes(tmp_path):
         runtime.open(path, runtime.Params(), shapes=shapes),
     ):
         pass
+
+
+def test_an_output_that_a_layer_reads_as_well_keeps_its_name(runtime, tmp_path):
+    """A compiler that drops the Identity is left with two names for one value."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("Flatten", ["image"], ["/Flatten_output_0"], name="/Flatten"),
+            helper.make_node("Identity", ["/Flatten_output_0"], ["features"], name="/Identity"),
+            helper.make_node("MatMul", ["/Flatten_output_0", "w"], ["logits"], name="/fc"),
+        ],
+        "net",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 2, 3])],
+        [
+            helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", 6]),
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 2]),
+        ],
+        [helper.make_tensor("w", TensorProto.FLOAT, [6, 2], np.arange(12, dtype=np.float32))],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "net.onnx")
+    engine = built(runtime, tmp_path / "net.onnx")
+    image = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+    for shapes in (None, {"image": (2, 2, 3)}):
+        with runtime.open(engine, runtime.Params(), shapes=shapes) as session:
+            assert [tensor.name for tensor in session.outputs] == ["features", "logits"]
+            session.bind({"image": image})
+            session.execute()
+            found = session.fetch()
+        np.testing.assert_array_equal(found["features"], image.reshape(2, 6))
+        np.testing.assert_allclose(found["logits"], image.reshape(2, 6) @ np.arange(12).reshape(6, 2))

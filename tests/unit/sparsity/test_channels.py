@@ -136,6 +136,30 @@ def test_the_input_and_the_output_of_the_network_are_barriers() -> None:
     assert "output" in reason(report, "b")
 
 
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [
+        (lambda s, x: torch.relu(x).flatten(1), "it reads the network input"),
+        (lambda s, x: s.norm(x.flatten(1)), "it reads the network input"),
+        (lambda s, x: torch.relu(functional.linear(x.flatten(1), s.w)), "what linear (linear) makes"),
+        (lambda s, x: (x.flatten(1) @ s.w.t()) * 2, "what matmul (matmul) makes"),
+        (lambda s, x: s.table(x.flatten(1).long().clamp(0, 3)).mean(1), "what table (Embedding) makes"),
+        (lambda s, x: s.cell(x.flatten(1))[0], "what cell (LSTM) makes"),
+    ],
+    ids=["keeping functions", "a keeping module", "functional", "matmul", "embedding", "recurrent"],
+)
+def test_only_a_layer_that_reads_the_network_input_is_said_to(before: Callable[..., Tensor], words: str) -> None:
+    net = Net(
+        lambda s, x: s.b(before(s, x)),
+        b=nn.Linear(16, 16),
+        norm=nn.BatchNorm1d(16),
+        table=nn.Embedding(4, 16),
+        cell=nn.LSTM(16, 16),
+    )
+    net.register_parameter("w", nn.Parameter(torch.randn(16, 16)))
+    assert words in reason(permuted(net, "b", x=torch.randn(2, 1, 4, 4)), "b")
+
+
 def test_a_module_called_twice_is_a_barrier_but_a_shared_activation_is_not() -> None:
     twice = Net(lambda s, x: s.c(s.b(s.b(s.a(x)))), a=conv(8, 16), b=conv(16, 16), c=conv(16, 4))
     report = permuted(twice, "b", "c")
