@@ -108,11 +108,22 @@ def _memory_mib() -> int | None:
 @cache
 def _gpu_and_driver() -> tuple[str, str]:
     """Every distinct GPU as `name sm86`, and the driver's version."""
-    if importlib.util.find_spec("pynvml") is not None:
+    if importlib.util.find_spec("pynvml") is not None and _driver_loads():
         return _from_nvml()
     if shutil.which("nvidia-smi") is not None:
         return _from_nvidia_smi()
     return NO_GPU, NO_GPU
+
+
+def _driver_loads() -> bool:
+    """Whether there is the library that pynvml opens, which takes longer to import than all other facts to find."""
+    import ctypes
+
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _from_nvml() -> tuple[str, str]:

@@ -9,8 +9,9 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -110,6 +111,22 @@ def test_without_a_driver_there_is_no_gpu_and_a_broken_one_says_so(monkeypatch: 
     assert environment._from_nvml() == (NO_GPU, NO_GPU)
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(FakeNvml.NVMLError("version mismatch")))  # type: ignore[misc]
     assert environment._from_nvml() == ("none (version mismatch)", NO_GPU)
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_pynvml_is_asked_only_where_the_drivers_library_loads(loads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> None:
+        if not loads:
+            raise OSError(f"{name}: cannot open shared object file")
+
+    nvml = ModuleType("pynvml")
+    nvml.__spec__ = ModuleSpec("pynvml", None)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr("ctypes.CDLL", load)
+    monkeypatch.setattr(environment, "_from_nvml", lambda: ("NVIDIA A10 sm86", "580.1"))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    found = environment._gpu_and_driver.__wrapped__()
+    assert found == (("NVIDIA A10 sm86", "580.1") if loads else (NO_GPU, NO_GPU))
 
 
 def test_nvidia_smi_answers_where_pynvml_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsify_deploy.safety import redaction
 from sparsify_deploy.safety.redaction import HIDDEN, redact, redacted, secrets
 
 NOTHING: dict[str, str] = {}
@@ -92,6 +93,18 @@ def test_values_of_variables_with_a_secret_name_go_wherever_they_stand(name: str
 def test_values_of_other_variables_stay(name: str, value: str) -> None:
     assert secrets({name: value}) == []
     assert redact(f"x {value} y", {name: value}) == f"x {value} y"
+
+
+PIECES = [text for text, _ in FORMS] + ["model.onnx", "conv1 2:4", " ", "\n", "a=b", "p50 1.25 ms", "AbC", "://", "@"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=4).map("".join), st.integers(0, 400), st.integers(0, 400))
+def test_no_text_is_passed_over_that_a_form_would_change(text: str, start: int, length: int) -> None:
+    part = text[start % (len(text) + 1) :][:length]
+    whole = part
+    for form, replacement in redaction._FORMS:
+        whole = form.sub(replacement, whole)
+    assert redact(part, NOTHING) == whole
 
 
 @pytest.mark.parametrize("secret", ["pa'ss word1", 'pä"ss\\word1', "a+b&c=d/e f", "tab\tand\nline"])
