@@ -2,7 +2,7 @@
 
 A commit: one stage's outputs written, hashed, brought to the disk and renamed, against the same bytes written plainly
 with one fsync a file, and against that with a sha256 of the bytes; rounds in turn, the medians of the ratios. `alone`
-is what `commit` takes after a stage has written. Where a processor has no instructions for SHA, sha256 is what counts.
+is what `commit` takes after a stage has written. `commit` hashes by BLAKE3; SHA-256 is there for comparison.
 Checkpoints: ResNet-20 on images of CIFAR-10's size, drawn at random, in blocks with and without them in turn; what one
 every 30 s costs follows from the seconds of one.
 """

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
-from sparsify_deploy.errors import DataError, Interrupted, OutOfResources, SparsifyError, is_out_of_memory
+from sparsify_deploy.errors import DataError, Interrupted, OutOfResources, SparsifyError, UsageError, is_out_of_memory
 
 _LIGHT = frozenset({"--help", "--version", "version", "list", "validate"})
 """What needs no supervision, and answers before that is imported."""
@@ -16,20 +18,52 @@ _LIGHT = frozenset({"--help", "--version", "version", "list", "validate"})
 _UNREADABLE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.EROFS, errno.ESTALE}
 """Of a path: no bug of this program, whoever asks about it first."""
 
+_LIMITS = {errno.EMFILE, errno.ENFILE, errno.EAGAIN}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code the README documents.
 
-    Without `argv` this is the program, and verbs that run native code work in a supervised child process; given one it
-    is a function like others, and never forks.
+    Without `argv` this is the program: it ends by 75 where a signal asks it to, and verbs that run native code work in
+    a supervised child process. Given one it is a function like others, which changes no handler and never forks.
     """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the caller closed it
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if argv is not None:
         return _called(list(argv))
-    arguments = sys.argv[1:]
+    ours = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) == signal.SIG_DFL  # what the caller has us ignore stays so
+    ]
+    for number in ours:
+        signal.signal(number, _stop)
+    try:
+        from sparsify_deploy.process import streams
+
+        streams.open_closed()
+        return _program(sys.argv[1:])
+    except KeyboardInterrupt:  # before or after the verb
+        return _fail([_STOPPED], Interrupted.exit_code)
+    except SparsifyError as error:
+        return _fail(error.lines, error.exit_code)
+    finally:
+        for number in ours:
+            if signal.getsignal(number) == _stop:
+                signal.signal(number, signal.SIG_DFL)
+
+
+_STOPPED = "interrupted; what is finished is kept, the same command goes on"
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _program(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] not in _LIGHT:
+        try:
+            os.getcwd()
+        except FileNotFoundError:  # native libraries die of that, and with words of their own
+            raise UsageError("the working directory is gone: cd to one that is there, and call again") from None
         from sparsify_deploy import supervisor
 
         if supervisor.wanted(arguments):
@@ -40,14 +74,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _called(arguments: Sequence[str]) -> int:
     """Call the verb, in this process."""
     _failed_log()  # of a call before this one
+    from sparsify_deploy.process import streams
+
+    with streams.kept() as results:
+        code = _code(arguments)
+    if results.lost:
+        line = (
+            f"stdout: cannot be written ({results.lost}), so the result is lost: free some space or send it elsewhere"
+        )
+        code = _fail([line], code or OutOfResources.exit_code)
+    return code
+
+
+def _code(arguments: Sequence[str]) -> int:
     try:
         from sparsify_deploy import cli
 
-        code = cli.call(arguments)
-        sys.stdout.flush()
-        return code
+        return cli.call(arguments)
     except KeyboardInterrupt:
-        return _fail(["interrupted; what is finished is kept, the same command goes on"], Interrupted.exit_code)
+        return _fail([_STOPPED], Interrupted.exit_code)
     except Exception as error:
         if (known := _known(error)) is not None:
             return _fail(*known)
@@ -66,9 +111,11 @@ def _known(error: Exception) -> tuple[Sequence[str], int] | None:
         from sparsify_deploy.process import memory
 
         return [memory.line(error)], OutOfResources.exit_code
-    if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
-        return [], 0
+    if isinstance(error, OSError) and error.errno in _LIMITS:
+        from sparsify_deploy.process import limits
+
+        if (line := limits.line(error)) is not None:
+            return [line], OutOfResources.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}the disk is full: free some space, the same command goes on"
@@ -81,6 +128,10 @@ def _known(error: Exception) -> tuple[Sequence[str], int] | None:
 def _fail(lines: Sequence[str], code: int) -> int:
     from sparsify_deploy import console
 
+    if "sparsify_deploy.process.watch" in sys.modules:  # or nobody watches
+        from sparsify_deploy.process import watch
+
+        watch.finished(code)
     if (log := _failed_log()) is not None and code != Interrupted.exit_code:
         console.error(f"log: {log}")
     for line in lines:  # last, where people look

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -59,25 +60,32 @@ class Device(str, Enum):
 
 def call(arguments: Sequence[str]) -> int:
     """Run one command line; returns its exit code, raises `SparsifyError` for what went wrong."""
+    out, err = sys.stdout, sys.stderr
     try:
         result = app(list(arguments), standalone_mode=False, prog_name="sparsify-deploy")
     except typer.Abort:
         raise KeyboardInterrupt from None
     except SystemExit as stop:
-        if isinstance(stop.__context__, BrokenPipeError):  # typer ends the process itself where its reader is gone
-            raise BrokenPipeError from None
-        text = (
-            f"code of the recipe's ended the program (sys.exit({stop.code!r})): let it raise an exception that says why"
-        )
-        raise DataError(text) from stop
+        if isinstance(stop.__context__, BrokenPipeError):  # typer puts others in their place and ends the process
+            sys.stdout, sys.stderr = out, err
+            raise stop.__context__ from None
+        raise _ended(f"sys.exit({stop.code!r})") from stop
     except _ClickException as error:
         console.error(error.format_message())
         if (context := getattr(error, "ctx", None)) is not None:
             console.error(f"try: {context.command_path} --help")
         return 2
+    except BaseException as stop:
+        if isinstance(stop, (Exception, KeyboardInterrupt)):
+            raise
+        raise _ended(f"raise {type(stop).__name__}") from stop
     if result == _CTRL_C:
         raise KeyboardInterrupt
     return result if isinstance(result, int) else 0
+
+
+def _ended(how: str) -> DataError:
+    return DataError(f"code of the recipe's ended the program ({how}): let it raise an exception that says why")
 
 
 def _version(value: bool) -> None:

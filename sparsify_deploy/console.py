@@ -2,22 +2,26 @@
 
 Every text goes out with `soft_wrap=True, markup=False`, or rich would break `file:line:column` and eat brackets, and
 through `printable`: names of layers, classes and files are others' text, which a terminal must not obey. Secrets are
-taken out by `redaction`.
+taken out by `redaction`. What cannot be written to stderr ends no run: the stream is silent from then on.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, cast
 
+from sparsify_deploy.process import streams
 from sparsify_deploy.safety.printable import one_line
-from sparsify_deploy.safety.redaction import redact
+from sparsify_deploy.safety.redaction import redact, redacted
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from sparsify_deploy.checkup.clean import Cleaned
     from sparsify_deploy.checkup.findings import Finding
     from sparsify_deploy.checkup.verify import Verified
@@ -35,45 +39,56 @@ if TYPE_CHECKING:
 
 def out(text: str) -> None:
     """One line of a result on stdout."""
-    _write(sys.stdout, one_line(text))
+    _result(one_line(redact(text)))
 
 
 def error(text: str) -> None:
     """One line on stderr."""
-    _write(sys.stderr, f"sparsify-deploy: {one_line(text)}")
+    _say(f"sparsify-deploy: {text}")
 
 
-def _write(stream: TextIO, text: str) -> None:
+def _result(text: str) -> None:
+    stream = streams.results()
+    stream.write(_encoded(stream, text))
+
+
+def _say(text: str) -> None:
+    streams.write(sys.stderr, _encoded(sys.stderr, one_line(redact(text))), flush=True)
+
+
+def _encoded(stream: TextIO, text: str) -> str:
     """A line; characters that the stream's encoding lacks as escapes."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    text = redact(text)
-    stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    return text.encode(encoding, "backslashreplace").decode(encoding) + "\n"
 
 
 def restored() -> None:
     """A terminal as it was before progress that was cut short: the line of the bars gone, the cursor there."""
     if sys.stderr.isatty():
-        sys.stderr.write("\r\x1b[2K\x1b[?25h")
+        streams.write(sys.stderr, "\r\x1b[2K\x1b[?25h", flush=True)
 
 
 def _json(value: Json) -> None:
+    """Secrets go before there are quotes: afterwards they would take these along, or stand there in escapes."""
     import json
 
-    _write(sys.stdout, json.dumps(_finite(value), indent=1, sort_keys=True, default=str, allow_nan=False))
+    _result(json.dumps(redacted(_plain(value)), indent=1, sort_keys=True, allow_nan=False))
 
 
-def _finite(value: Json) -> Json:
-    """`value` with null for what is infinite or not a number, which JSON has no word for."""
+def _plain(value: Json) -> Json:
+    """`value` in the types of JSON, with null for what is infinite or not a number, which it has no word for."""
     if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
+        return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
+        return [_plain(part) for part in value]
+    if isinstance(value, float):
+        return float(value) if isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int) else str(value)
 
 
 def _print(table: Table) -> None:
     """A table: drawn by rich and fitted to the width of a terminal, else one unbroken line a row."""
-    if sys.stdout.isatty():
+    if streams.results().isatty():
         _draw(table)
     else:
         columns, *rows = [tuple(map(one_line, row)) for row in (table.columns, *table.rows)]
@@ -89,7 +104,6 @@ def _print(table: Table) -> None:
 
 def _draw(table: Table) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table as Drawn
     from rich.text import Text
 
@@ -98,7 +112,27 @@ def _draw(table: Table) -> None:
         drawn.add_column(Text(one_line(column)), overflow="fold")
     for row in table.rows:
         drawn.add_row(*(Text(one_line(redact(cell))) for cell in row))
-    Console(highlight=False).print(drawn)
+    console = _console(streams.results())
+    with console.capture() as captured:
+        console.print(drawn)
+    _result(captured.get().removesuffix("\n"))
+
+
+def _console(stream: TextIO) -> Console:
+    """Rich's, as wide as the terminal behind `stream`: rich itself looks at descriptors that may lead elsewhere."""
+    from rich.console import Console, ConsoleDimensions
+
+    class Fitted(Console):
+        @property  # type: ignore[misc]
+        def size(self) -> ConsoleDimensions:
+            if not os.environ.get("COLUMNS", "").isdigit():
+                with suppress(OSError, ValueError):
+                    columns, lines = os.get_terminal_size(stream.fileno())
+                    if columns and lines:
+                        return ConsoleDimensions(columns, lines)
+            return super().size
+
+    return Fitted(file=stream, highlight=False)
 
 
 @contextmanager
@@ -112,7 +146,6 @@ def progress(*, quiet: bool, verbose: bool) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield _Lines(every_s=2.0 if verbose else 10.0)
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     bars = Progress(
@@ -122,7 +155,7 @@ def progress(*, quiet: bool, verbose: bool) -> Iterator[Progress]:
         TextColumn("{task.fields[rate]}", markup=False),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
-        console=Console(stderr=True, highlight=False),
+        console=_console(cast("TextIO", streams.Shown(sys.stderr))),
         transient=True,
     )
     with bars:
@@ -149,12 +182,10 @@ class _Lines:
         self._last = now
         rate = (done - self._first) / (now - self._began)
         left = f", {(total - done) / rate:.0f} s left" if rate else ""
-        _write(sys.stderr, one_line(f"  {label} {done}/{total} ({rate:.1f}/s{left}) {note}"))
-        sys.stderr.flush()
+        _say(f"  {label} {done}/{total} ({rate:.1f}/s{left}) {note}")
 
     def say(self, message: str) -> None:
-        _write(sys.stderr, one_line(message))
-        sys.stderr.flush()
+        _say(message)
 
 
 class _Bars:

@@ -20,21 +20,23 @@ _polling = 0
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM came. No Exception, for libraries swallow these."""
+    """SIGINT, SIGTERM or SIGHUP came. No Exception, for libraries swallow these."""
 
 
 @contextmanager
 def stoppable() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGINT and SIGTERM end the work by `Interrupted`, which leaves this block.
+    """Inside, SIGINT, SIGTERM and SIGHUP end the work by `Interrupted`, which leaves this block.
 
     Yields a function that says whether one came, for blocks `at_safe_points`, which are left alone; a second SIGINT
-    ends these too. Outside the main thread, where Python allows no handlers, nothing is ever asked to stop.
+    ends these too. SIGHUP stays ignored where the caller, nohup say, has it so. Outside the main thread, where Python
+    allows no handlers, nothing is ever asked to stop.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     _asked.clear()
-    before = {number: signal.signal(number, _ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    hung_up = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    before = {number: signal.signal(number, _ask) for number in (signal.SIGINT, signal.SIGTERM, *hung_up)}
     try:
         yield _asked.is_set
     except Stopped as error:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sparsify_deploy.errors import SPENT, OutOfResources, is_out_of_memory
-from sparsify_deploy.process import watch
+from sparsify_deploy.process import limits, watch
 
 _NATIVE = ("out of memory", "memory allocation of", "memoryerror", "unable to allocate", "thread creation failed")
 """More of what is written to stderr before a process ends itself."""
@@ -62,6 +62,8 @@ def limit_bytes(process: int) -> int | None:
 def line(error: BaseException) -> str:
     """One line on an error that means spent memory, raised in this process."""
     doing = watch.where(error)
+    if limits.no_thread(str(error), limit_bytes(os.getpid())):
+        return limits.threads(place(doing))
     return f"out of memory{place(doing)}; {_peaks(error)}: {advice(doing)}"
 
 

@@ -30,7 +30,7 @@ _TEXT = 500
 class Doing:
     """Where a process is: the step of the plan, the batch size in use with the recipe's field it comes from ("" where
     no field sets it), and the native call under way. `exit_code` is there once all work is done, `log` is the file
-    that tells what was done, "" where there is none."""
+    that tells what was done, `code` the user's file that was executed last; "" where there is none."""
 
     step: str = ""
     batch_size: int = 0
@@ -39,10 +39,11 @@ class Doing:
     limit_s: float = 0.0
     exit_code: int | None = None
     log: str = ""
+    code: str = ""
 
 
 class Page:
-    """The shared memory: a deadline by the monotonic clock (0: none), and `Doing` as JSON."""
+    """The shared memory: a deadline by the monotonic clock (0: none, below 0: all is done), and `Doing` as JSON."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, _BYTES)
@@ -61,6 +62,13 @@ class Page:
 
     def deadline(self) -> float:
         """Until when the call under way may take, by the monotonic clock; 0: no limit."""
+        return max(self._head(), 0.0)
+
+    def over(self) -> bool:
+        """Whether the process has nothing left to do or to say."""
+        return self._head() < 0.0
+
+    def _head(self) -> float:
         found: float = _HEAD.unpack_from(self._memory, 0)[0]
         return found
 
@@ -69,7 +77,7 @@ _page: Page | None = None
 _doing = Doing()
 _deadline = 0.0
 _failed: tuple[int, Doing] = (0, Doing())
-_log = ""
+_log = _code = ""
 
 
 def begin(page: Page) -> None:
@@ -85,6 +93,13 @@ def logs_to(log: str) -> None:
     _put(_doing, _deadline)
 
 
+def executes(code: str) -> None:
+    """From here on code of the user's file `code` may do whatever it likes to this process."""
+    global _code  # noqa: PLW0603
+    _code = code[:_TEXT]
+    _put(_doing, _deadline)
+
+
 def current() -> Doing:
     """Where this process is."""
     return _doing
@@ -95,9 +110,12 @@ def where(error: BaseException) -> Doing:
     return _failed[1] if _failed[0] == id(error) else _doing
 
 
-def finished(exit_code: int) -> None:
-    """All work is done: a crash from here on, in the destructors of a library, spoils nothing."""
-    _put(replace(_doing, exit_code=exit_code), 0.0)
+def finished(exit_code: int, *, over: bool = False) -> None:
+    """All work is done: a crash from here on, in the destructors of a library, spoils nothing.
+
+    Once it is `over`, all is said as well, and a process that does not end can be killed.
+    """
+    _put(replace(_doing, exit_code=exit_code), -1.0 if over else 0.0)
 
 
 @contextmanager
@@ -165,4 +183,4 @@ def _put(doing: Doing, deadline: float) -> None:
     global _doing, _deadline
     _doing, _deadline = doing, deadline
     if _page is not None:
-        _page.write(replace(doing, log=_log), deadline)
+        _page.write(replace(doing, log=_log, code=_code), deadline)

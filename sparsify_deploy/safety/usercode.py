@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 
 from sparsify_deploy.errors import DataError, SparsifyError, is_out_of_memory
+from sparsify_deploy.process import watch
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LONGEST_MESSAGE = 300
@@ -93,9 +94,9 @@ def calling(path: Path, error: type[DataError]) -> Iterator[None]:
     """Inside, what code of the file `path` that is loaded raises becomes `error`, one line with the user's line."""
     try:
         yield
-    except SparsifyError:
+    except (SparsifyError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as exc:
+    except BaseException as exc:
         if is_out_of_memory(exc):
             raise
         raise error(one_line(path, exc)) from exc
@@ -143,6 +144,7 @@ def _load(path: Path, error: type[DataError]) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path, loader=SourceFileLoader(name, str(path)))
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
+    watch.executes(str(path))
     sys.modules[name] = module  # dataclasses and inspect look a class's module up by its name
     try:
         # Not through the loader: its bytecode cache goes by size and whole seconds and can be stale.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import random
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -93,7 +95,7 @@ from sparsify_deploy import supervisor
 def work():
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    print("deaf", flush=True)
+    print("deaf", file=sys.stderr)
     time.sleep(600)
 
 supervisor._PATIENCE_S = 0.5
@@ -102,9 +104,9 @@ sys.exit(supervisor.supervise(work))
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None
+    assert process.stderr is not None
     try:
-        assert process.stdout.readline() == "deaf\n"
+        assert process.stderr.readline() == "deaf\n"
         process.terminate()
         _, said = process.communicate(timeout=60)
     finally:
@@ -112,6 +114,69 @@ sys.exit(supervisor.supervise(work))
     assert process.returncode == 75, said
     assert said.count("\n") == 1
     assert "interrupted" in said
+
+
+@pytest.mark.parametrize("how", ["2>&1 | head -1", "2>/dev/full"])
+def test_a_run_whose_stderr_goes_away_goes_on_to_its_end(tmp_path, how):
+    """Its module prints as well; only results are on stdout."""
+    (tmp_path / "net.py").write_text(MODULE, encoding="utf-8")
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(OWN, encoding="utf-8")
+    command = f'"$0" -m sparsify_deploy run "$1" --trust-code --run-dir run --until fine_tune --json {how}'
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}", sys.executable, recipe],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "run" / "run.log").read_text(encoding="utf-8").splitlines()
+    assert " ends     run: done after" in log[-1]
+    if "head" not in how:
+        assert json.loads(done.stdout)["verdict"]
+
+
+def test_a_terminal_that_is_closed_saves_the_work_and_the_log_tells_no_tales(tmp_path):
+    (tmp_path / "net.py").write_text(MODULE, encoding="utf-8")
+    recipe, log = tmp_path / "own.yaml", tmp_path / "run" / "run.log"
+    recipe.write_text(OWN.replace("steps: 2", "steps: 1000000"), encoding="utf-8")
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(tmp_path)
+        arguments = ("run", str(recipe), "--trust-code", "--run-dir", "run", "--checkpoint-every", "1000")
+        os.execv(sys.executable, [sys.executable, "-m", "sparsify_deploy", *arguments])
+    until = time.monotonic() + 60
+    while not (log.exists() and "progress fine_tune" in log.read_text()) and time.monotonic() < until:
+        if select.select([terminal], (), (), 0.05)[0]:
+            os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 75
+    assert " ends     run: exit code 75" in log.read_text(encoding="utf-8").splitlines()[-1]
+    assert list(tmp_path.glob("run/store/*.partial/*.checkpoint"))
+
+
+OWN = """\
+version: 1
+name: own
+model: {source: file, params: {path: net.py, object: build}}
+data: {source: digits}
+training: {steps: 6, batch_size: 16, optimizer: {name: sgd, lr: 0.05}}
+nm: {fill_batches: 1, fine_tune: {steps: 2}}
+"""
+MODULE = """\
+import os, sys, threading, time
+import torch
+
+def build():
+    print("a word"); print("another", file=sys.stderr); os.write(1, b"a native word")
+    threading.Thread(target=time.sleep, args=(10000,)).start()
+    layers = torch.nn.Flatten(), torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10)
+    return torch.nn.Sequential(*layers)
+"""
 
 
 @pytest.mark.slow

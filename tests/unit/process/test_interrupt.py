@@ -32,7 +32,7 @@ def child(program: str, *arguments: str) -> tuple[int, list[str]]:
     return done.returncode, done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_the_work_at_once_and_names_the_step(number: str) -> None:
     program = f"""
 from sparsify_deploy.process import watch
@@ -51,7 +51,7 @@ except Interrupted as error:
     assert child(program) == (0, [said])
 
 
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_at_safe_points_a_signal_only_asks_and_what_nobody_asked_for_ends_with_the_block(number: str) -> None:
     program = f"""
 from sparsify_deploy.errors import Interrupted
@@ -76,7 +76,7 @@ with stoppable() as asked, at_safe_points():
     assert child(program) == (0, ["False", "True", "still here", said, "False"])
 
 
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_sigint_after_it_ends_also_what_polls(number: str) -> None:
     program = f"""
 from sparsify_deploy.errors import Interrupted
@@ -144,3 +144,14 @@ def test_in_a_thread_nothing_is_asked_and_no_handler_moves() -> None:
     thread.start()
     thread.join()
     assert seen == [False, True]
+
+
+def test_sighup_that_the_caller_ignores_stays_ignored() -> None:
+    program = """
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with stoppable() as asked:
+    send(signal.SIGHUP)
+    print(asked())
+print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
+"""
+    assert child(program) == (0, ["False", "True"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -259,3 +260,68 @@ def test_the_bars_of_a_terminal_take_any_text(capsys: Capture, monkeypatch: pyte
     assert EATEN + LONG in captured.err
     assert "[/red]" in captured.err
     assert "train [bold]" in captured.err
+
+
+HOSTILE = (
+    'password="hunter22" x',
+    'a": 1, "b',
+    "line\nbreak\x1b[2J",
+    "\u202e\u2028\x7f",
+    "back\\slash",
+    "\udcff",
+    'token=\\"q',
+)
+
+
+def test_json_is_json_whatever_names_and_secrets_hold(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digits of a number are no secret, and a secret is one however JSON would write it."""
+    monkeypatch.setenv("CI_JOB_TOKEN", "00000000")
+    monkeypatch.setenv("DB_PASSWORD", 'pä"ss\\word1')
+    value = {name: [name, {"inner": name}] for name in HOSTILE}
+    numbers = [1e100, 100000000001, float("nan"), float("-inf"), True, None, Path("a/b")]
+    console._json({**value, "numbers": numbers, 'in pä"ss\\word1 key': 'x pä"ss\\word1.yaml'})
+    captured = capsys.readouterr().out
+    found = json.loads(captured, parse_constant=pytest.fail)
+    assert found.pop("numbers") == [1e100, 100000000001, None, None, True, None, "a/b"]
+    assert found.pop("in [hidden] key") == "x [hidden].yaml"
+    assert len(found) == len(HOSTILE)
+    assert found[HOSTILE[1]] == [HOSTILE[1], {"inner": HOSTILE[1]}]
+    assert "hunter22" not in captured
+    assert "word1" not in captured
+    assert captured.isascii()
+
+
+class Dead(io.StringIO):
+    """A terminal that was closed, as text streams tell of it."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+    def flush(self) -> None:
+        raise self.error
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "EIO"), ValueError("closed file")])
+def test_progress_and_messages_to_a_dead_stderr_end_nothing(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Dead(error))
+    monkeypatch.setenv("TERM", "xterm")
+    with console.progress(quiet=False, verbose=True) as bars:
+        bars.update("train", 1, 10, "loss 1")
+        bars.say("a message")
+        bars.update("other", 1, 2)
+    lines = console._Lines(every_s=1e-9)
+    lines.update("train", 0, 10)
+    lines.update("train", 1, 10)
+    lines.say("a message")
+    console.error("what, where")
+    console.restored()
+    assert capsys.readouterr().out == ""

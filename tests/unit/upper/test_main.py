@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -94,6 +98,11 @@ class OutOfMemoryError(RuntimeError):
         (OSError(errno.ENOSPC, "No space left", "/data/x"), 7, "/data/x: the disk is full"),
         (OSError(errno.ENOSPC, "No space left"), 7, "sparsify-deploy: the disk is full"),
         (OSError(errno.EDQUOT, "quota"), 7, "the disk is full"),
+        (OSError(errno.EMFILE, "Too many open files", "/data/x"), 7, "/data/x: too many open files: raise the limit"),
+        (OSError(errno.ENFILE, "Too many open files in system"), 7, "too many open files on this machine"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), 7, "processes and threads (ulimit -u)"),
+        (RuntimeError("can't start new thread"), 7, "no thread could be started: raise the limit on processes"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "internal error: BrokenPipeError"),
         (OSError(errno.EIO, "Input/output error"), 1, "internal error: OSError: [Errno 5]"),
         (ZeroDivisionError("division\nby zero"), 1, "internal error: ZeroDivisionError: division; please report"),
         (KeyError(), 1, "internal error: KeyError: ;"),
@@ -146,14 +155,20 @@ def test_code_of_a_recipe_that_exits_does_not_end_well(
     assert f"ended the program (sys.exit({code}))" in capsys.readouterr().err
 
 
+def test_code_of_a_recipe_that_leaves_by_a_generators_exit_is_5(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    failing(monkeypatch, GeneratorExit())
+    assert main(["version"]) == 5
+    assert "ended the program (raise GeneratorExit)" in capsys.readouterr().err
+
+
 def piped(arguments: list[str], stdout: int) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "sparsify_deploy", *arguments]
     return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, check=False, timeout=60)
 
 
 def test_a_reader_that_went_away_is_no_error() -> None:
-    import os
-
     read, write = os.pipe()
     os.close(read)
     done = piped(["list"], write)
@@ -161,15 +176,156 @@ def test_a_reader_that_went_away_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_output_to_a_full_disk_is_7_and_a_line() -> None:
-    full = Path("/dev/full")
-    if not full.exists():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["version"], ["--version"], ["--help"], ["list", "--json"]])
+def test_a_result_that_a_full_disk_does_not_take_is_7_and_names_stdout(arguments: list[str], unbuffered: str) -> None:
+    if not FULL.exists():
         pytest.skip("no /dev/full on this system")
-    with full.open("wb") as file:
-        done = piped(["version"], file.fileno())
+    command = [sys.executable, "-m", "sparsify_deploy", *arguments]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with FULL.open("wb") as file:
+        done = subprocess.run(
+            command, stdout=file, stderr=subprocess.PIPE, check=False, timeout=60, text=True, env=environment
+        )
     assert done.returncode == 7
-    assert b"the disk is full" in done.stderr
-    assert b"Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("sparsify-deploy: stdout: cannot be written (No space left on device)")
+
+
+@contextmanager
+def taking(how: str) -> Iterator[int]:
+    """A descriptor to write to: a pipe nobody reads any more, or a disk without room."""
+    if how == "full":
+        if not FULL.exists():
+            pytest.skip("no /dev/full on this system")
+        write = os.open(FULL, os.O_WRONLY)
+    else:
+        read, write = os.pipe()
+        os.close(read)
+    yield write
+    os.close(write)
+
+
+FULL = Path("/dev/full")
+FAILS = """\
+import sys
+from sparsify_deploy import __main__, cli, console
+from sparsify_deploy.errors import CorruptArtifact
+
+def call(arguments):
+    console.out("the result")
+    if "raises" in arguments:
+        raise CorruptArtifact("what", "where")
+    console.error("what is wrong")
+    return 9
+
+cli.call = call
+sys.exit(__main__.main())
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("verb", ["list", "raises"])
+@pytest.mark.parametrize(
+    ("stdout", "stderr"), [("gone", ""), ("", "gone"), ("", "full"), ("full", ""), ("gone", "full")]
+)
+def test_the_verbs_own_code_stands_whatever_becomes_of_its_words(
+    stdout: str, stderr: str, verb: str, unbuffered: str
+) -> None:
+    with taking(stdout) as out, taking(stderr) as err:
+        done = subprocess.run(
+            [sys.executable, "-c", FAILS, verb],
+            stdout=out if stdout else subprocess.PIPE,
+            stderr=err if stderr else subprocess.PIPE,
+            check=False,
+            timeout=60,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    assert done.returncode == 9
+    assert done.stdout == (None if stdout else b"the result\n")
+    assert ("stdout: cannot be written" in (done.stderr or b"").decode()) == (stdout == "full")
+
+
+def test_a_mistake_that_cannot_be_told_is_its_code_all_the_same() -> None:
+    for how in ("gone", "full"):
+        with taking(how) as err:
+            command = [sys.executable, "-m", "sparsify_deploy", "validate", "no-such.yaml"]
+            assert subprocess.run(command, stderr=err, check=False, timeout=60).returncode == 2
+
+
+def test_files_get_no_descriptor_that_the_caller_closed(tmp_path: Path) -> None:
+    """Or what is written to stderr would be written into them."""
+    program = (
+        "import os, sys\nfrom sparsify_deploy import __main__, cli, console\n"
+        "def call(arguments):\n"
+        "    with open('file', 'wb') as file:\n"
+        "        os.write(2, b'native words'); console.error('words'); console.out('result')\n"
+        "        file.write(str(file.fileno()).encode())\n"
+        "cli.call = call\nsys.exit(__main__.main())\n"
+    )
+    for closed in ("0<&-", "2>&-", "0<&- 2>&-", "1>&-", "0<&- 1>&- 2>&-"):
+        command = ["sh", "-c", f'exec {closed}; "$0" -c "$1" list', sys.executable, program]
+        subprocess.run(command, cwd=tmp_path, capture_output=True, check=False, timeout=60)
+        assert int((tmp_path / "file").read_text()) > 2, closed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_a_light_verb_by_75_too(number: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPS, "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "at work\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (75, "")
+    assert err == "sparsify-deploy: interrupted; what is finished is kept, the same command goes on\n"
+
+
+SLEEPS = """\
+import sys, time
+from sparsify_deploy import __main__, cli
+
+def listed(*arguments):
+    print("at work", flush=True)
+    time.sleep(float(sys.argv[2]) if len(sys.argv) > 2 else 60)
+    assert "sparsify_deploy.supervisor" not in sys.modules
+    return 0
+
+cli.call = listed
+sys.exit(__main__.main())
+"""
+
+
+def test_what_the_caller_ignores_a_light_verb_ignores_too() -> None:
+    command = ["sh", "-c", 'trap "" HUP; exec "$0" -c "$1" list 0.5', sys.executable, SLEEPS]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "at work\n"
+    process.send_signal(signal.SIGHUP)
+    assert (process.communicate(timeout=60)[1], process.returncode) == ("", 0)
+
+
+def test_called_as_a_function_it_changes_no_handler(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *arguments: pytest.fail("changed"))
+    assert main(["version"]) == 0
+
+
+def test_a_working_directory_that_is_gone_is_2_and_a_line(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command = ["sh", "-c", 'cd gone && rmdir ../gone && exec "$0" -m sparsify_deploy doctor', sys.executable]
+    root = str(Path(__file__).resolve().parents[3])
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "sparsify-deploy: the working directory is gone: cd to one that is there, and call again\n"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pty
 import select
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from sparsify_deploy import supervisor
+from sparsify_deploy.errors import OutOfResources
 from sparsify_deploy.process import watch
 from sparsify_deploy.process.watch import Doing
 from sparsify_deploy.supervisor import End, verdict
@@ -23,10 +25,10 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="on
 PROGRAM = """\
 import ctypes, os, signal, sys, time
 from sparsify_deploy import supervisor
-from sparsify_deploy.process import watch
+from sparsify_deploy.process import streams, watch
 
 def told(text):
-    print(text, flush=True)
+    print(text, file=streams.results(), flush=True)
 
 def work():
     {body}
@@ -187,6 +189,69 @@ def test_a_crash_after_all_work_is_done_spoils_nothing() -> None:
     assert ends(body) == (4, "{}\n", "")
 
 
+def test_a_thread_that_is_left_over_holds_nobody_up() -> None:
+    body = "import threading; threading.Thread(target=time.sleep, args=[10000]).start(); told('{}'); return 4"
+    assert ends(body) == (4, "{}\n", "")
+
+
+def test_what_runs_at_exit_still_does_and_what_hangs_there_is_cut_short() -> None:
+    body = "import atexit; atexit.register(time.sleep, 10000); atexit.register(told, 'leaves'); told('{}'); return 4"
+    command = [sys.executable, "-c", program(body)[2].replace("def work", "supervisor._LEAVING_S = 0.5\ndef work")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (4, "{}\nleaves\n", "")
+
+
+def test_stdout_is_for_results_whoever_else_prints() -> None:
+    body = (
+        "print('python'); os.write(1, b'native\\n'); ctypes.CDLL(None).puts(b'buffered by C')\n"
+        "os.system('echo a child'); told('{}')"
+    )
+    status, out, err = ends(body)
+    assert (status, out) == (0, "{}\n")
+    assert sorted(err.splitlines()) == ["a child", "buffered by C", "native", "python"]
+
+
+@pytest.mark.parametrize("how", ["gone", "full"])
+def test_code_that_writes_to_a_dead_stderr_goes_on(how: str) -> None:
+    if how == "full":
+        write = os.open("/dev/full", os.O_WRONLY)
+    else:
+        read, write = os.pipe()
+        os.close(read)
+    body = "for _ in range(3): print('words'); print('words', file=sys.stderr); sys.stderr.flush()\ntold('done')"
+    done = subprocess.run(program(body), stdout=subprocess.PIPE, stderr=write, text=True, check=False, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+def test_where_there_can_be_no_other_process_it_is_7(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", fork)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with pytest.raises(OutOfResources, match=r"could be started: raise the limit on processes and threads \(ulimit -u"):
+        supervisor.supervise(lambda: 0)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+@pytest.mark.parametrize("hard", [1, 600])
+def test_the_limit_on_cpu_time_is_named(hard: int) -> None:
+    """A process that reaches the hard limit is killed, as one that the system takes for too large."""
+    command = ["sh", "-c", f'ulimit -H -t {hard}; ulimit -S -t 1; exec "$@"', "sh", *program("while True: pass")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 7
+    assert "stopped at the limit on its CPU time, 1 s (ulimit -t): raise that limit" in done.stderr
+
+
+def test_code_of_the_user_that_ends_the_process_is_5_and_named() -> None:
+    status, _, err = ends("watch.executes('/a/net.py')\nwith watch.step('sparse/train'):\n    os._exit(0)")
+    assert status == 5
+    assert "code of /a/net.py ended the process in sparse/train: let it raise an exception" in err
+    assert ends("os._exit(0)")[0] == 3
+    assert "a native library broke, or code of /a/net.py did this" in ends("watch.executes('/a/net.py'); os.abort()")[2]
+
+
 def test_sigterm_reaches_the_worker_once_and_the_parent_waits_for_it() -> None:
     body = (
         "got = []\n"
@@ -319,6 +384,7 @@ def test_ctrl_z_stops_both_and_fg_wakes_both() -> None:
         (["-q", "run"], True),
         (["sensitivity", "r.yaml"], True),
         (["bench", "a.onnx"], True),
+        (["doctor"], True),
         (["run", "--help"], False),
         (["--traceback", "run", "r.yaml"], False),
         (["validate", "r.yaml"], False),
@@ -369,6 +435,15 @@ def end(status: int, words: str = "", sent: frozenset[int] = frozenset(), *, ove
 )
 def test_the_last_words_decide_what_an_abort_means(words: str, code: int) -> None:
     assert verdict(end(int(signal.SIGABRT), words), Doing())[0] == code
+
+
+def test_no_thread_is_lack_of_memory_only_where_that_is_limited() -> None:
+    words = "libgomp: Thread creation failed: Resource temporarily unavailable"
+    code, line = verdict(end(256, words), Doing(step="sparse/train"))
+    assert code == 7
+    assert line.startswith("no thread could be started in sparse/train: raise the limit on processes and threads")
+    limited = End(256, 1 << 30, words, frozenset(), limit_bytes=1 << 30)
+    assert verdict(limited, Doing())[1].startswith("out of memory; ")
 
 
 def test_what_was_done_before_the_crash_counts() -> None:
