@@ -287,9 +287,9 @@ def inspect(
 
 def _layers(model: Path, n: int, m: int) -> tuple[LayerReport, ...]:
     from sparsify_deploy.graph import file
-    from sparsify_deploy.graph.layers import weight_layers
+    from sparsify_deploy.graph.layers import all_layers
 
-    return file_part(weight_layers(file.load(model)), n, m)
+    return file_part(all_layers(file.load(model)), n, m)
 
 
 def _profiled(engine: Path, runtime: str, record: Mapping[str, Json] | None, threads: int) -> EngineProfile:

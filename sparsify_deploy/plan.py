@@ -283,7 +283,7 @@ def _race(recipe: Recipe, subject: Subject, branches: list[_Branch], runtime: st
         for row in branch.rows[:-1]:
             if index > 0 and row.label != "dense FP32":
                 continue
-            variants.append(Variant(row.label, row.id, "onnx", kept=row.label == "dense FP32"))
+            variants.append(Variant(row.label, row.id, "onnx", kept=row.label.startswith("dense FP32")))
             inputs[row.id] = Ref(row.id, "measured_onnx")
         if len(branches) == 1 and branch.name == "sparse":
             (source,) = (step.inputs["onnx"] for step in branch.steps if step.id == built)

@@ -84,6 +84,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], until: str | None) -> Run
         collapsed=tuple(name for outcome in outcomes for name in _collapsed(outcome.record.measured)),
         chain=next((c for c in chains if benchmarks and c.runtime == benchmarks[0].runtime), None),
         given=given,
+        fine_tuned=next((row for row in dense if row.step == "dense/fine_tune.report"), None),
     )
     winner = shipping.find(outcomes, choice(evidence, limits.max_drop))
     return RunReport(
@@ -199,7 +200,7 @@ def _chains(by_id: Mapping[str, Outcome], rows: Sequence[Row], branch: str) -> t
         if not isinstance(stage, BuildEngine) or outcome.step.branch != branch or "file_layers" not in facts:
             continue
         layers: tuple[LayerReport, ...] = from_json(tuple[LayerReport, ...], facts["file_layers"])
-        known = Known(runtime=stage.runtime, facts=facts["build"].get("facts", {}))
+        known = Known(runtime=stage.runtime, facts=facts["build"].get("facts", {}), projectable=_projectable(by_id))
         label, twin, race = rows[-1].label, "", by_id.get(f"benchmark/{stage.runtime}")
         if race is not None and isinstance(race.step.stage, BenchmarkEngines):
             variants = race.step.stage.variants
@@ -216,8 +217,15 @@ def _chains(by_id: Mapping[str, Outcome], rows: Sequence[Row], branch: str) -> t
             )
         found.append(chain(label, layers, known, twin))
     if not found and rows:
-        found.append(chain(rows[-1].label, rows[-1].model.layers, Known()))
+        found.append(chain(rows[-1].label, rows[-1].model.layers, Known(projectable=_projectable(by_id))))
     return tuple(found)
+
+
+def _projectable(by_id: Mapping[str, Outcome]) -> frozenset[str] | None:
+    """The weights that the projection chose from, whether or not it took them; None where there was none."""
+    projected = by_id.get("sparse/project_nm")
+    rows = projected.record.measured.get("layers", ()) if projected is not None else ()
+    return frozenset(f"{row['layer']}.weight".removeprefix(".") for row in rows) or None
 
 
 def _levels(outcome: Outcome) -> list[Level]:

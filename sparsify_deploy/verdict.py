@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,10 +12,14 @@ from sparsify_deploy.timing import Comparison, Race
 SPARSE_KERNELS = {"openvino": False, "onnxruntime": False, "tensorrt": True, "tensorrt_rtx": None}
 """Whether a runtime has kernels that skip 2:4 zeros and can be seen to pick them; None: it does not tell."""
 
+_UNTRAINED = 0.25
+"""The share of dense INT8's metric by which dense FP32 is worse where its own training was not finished."""
+
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a verdict rests on. `dense_start` is the dense FP32 model, the others the final models of the branches.
+    """What a verdict rests on. `dense_start` is the dense FP32 model, `fine_tuned` the same after as many steps as the
+    sparse branch fine-tunes for, the others the final models of the branches.
 
     `given` is an ONNX file that was not made here, alone but for `sparse`, which is the same where it holds 2:4. Its
     metrics are empty where there were no data.
@@ -31,6 +35,7 @@ class Evidence:
     collapsed: tuple[str, ...] = ()
     chain: LayerChain | None = None
     given: Row | None = None
+    fine_tuned: Row | None = None
 
     @property
     def race(self) -> Race | None:
@@ -42,14 +47,42 @@ class Evidence:
         measured = [e.metrics for e in self.engines if e.branch == branch and e.metrics is not None]
         return measured[0][self.metric] if measured else row.model.metrics[self.metric]
 
-    def drop(self, value: float) -> float | None:
-        """How much worse than the dense FP32 model, or than the file that was given, in the metric's unit; negative
-        where it is better."""
-        start = self.given or self.dense_start
-        if start is None or self.metric not in start.model.metrics:
+    @property
+    def dense_float(self) -> Row | None:
+        """The better of the two dense FP32 models, which differ in their weights alone and so are as fast."""
+        start, tuned = self.dense_start, self.fine_tuned
+        if start is None or tuned is None or not {self.metric} <= {*start.model.metrics} & {*tuned.model.metrics}:
+            return start
+        first, second = (row.model.metrics[self.metric] for row in (start, tuned))
+        return tuned if self._gap(second, first) > 0 else start
+
+    @property
+    def untrained(self) -> bool:
+        """Whether dense FP32 is so much worse than the dense INT8 model made of it that its training was unfinished."""
+        row = self.dense_float
+        if row is None or self.dense is None or self.given is not None or self.metric not in row.model.metrics:
+            return False
+        quantised = self.value(self.dense, "dense")
+        return self._gap(quantised, row.model.metrics[self.metric]) > _UNTRAINED * abs(quantised)
+
+    @property
+    def reference(self) -> tuple[str, float] | None:
+        """The model that accuracies are held against, and its metric: the file that was given, else the better dense
+        FP32 model, else dense INT8 where that was not trained; None where it is not known."""
+        row = self.given or self.dense_float
+        if self.untrained and self.dense is not None:
+            return self.dense.label, self.value(self.dense, "dense")
+        if row is None or self.metric not in row.model.metrics:
             return None
-        before = start.model.metrics[self.metric]
-        return before - value if self.direction == "higher" else value - before
+        return row.label, row.model.metrics[self.metric]
+
+    def drop(self, value: float) -> float | None:
+        """How much worse than the `reference`, in the metric's unit; negative where it is better."""
+        return self._gap(self.reference[1], value) if self.reference is not None else None
+
+    def _gap(self, one: float, other: float) -> float:
+        """How much better `one` is than `other`."""
+        return one - other if self.direction == "higher" else other - one
 
 
 def gates(evidence: Evidence, limits: Mapping[str, float | None]) -> tuple[Gate, ...]:
@@ -59,7 +92,8 @@ def gates(evidence: Evidence, limits: Mapping[str, float | None]) -> tuple[Gate,
     found = []
     if (limit := limits.get("max_drop")) is not None:
         drop = evidence.drop(evidence.value(final, branch)) if final else None
-        other = "the file's in ONNX Runtime" if evidence.given else "dense FP32's"
+        against = evidence.reference[0] if evidence.reference else "dense FP32"
+        other = "the file's in ONNX Runtime" if evidence.given else f"{against}'s"
         how = f"how much worse the final model's {evidence.metric} is than {other}, on all test examples"
         found.append(Gate("max_drop", limit, drop, None if drop is None else drop <= limit, how))
     if (limit := limits.get("min_speedup")) is not None:
@@ -99,13 +133,19 @@ def verdict(evidence: Evidence, max_drop: float | None) -> str:
     if evidence.dense is None and evidence.sparse is None:
         return "Verdict: none, the run stopped before a final model."
     if evidence.race is None:
-        parts = [f"none on latency: {_why_no_race(evidence)}", _accuracy(evidence), _collapse(evidence)]
+        parts = [
+            f"none on latency: {_why_no_race(evidence)}",
+            _accuracy(evidence),
+            _start(evidence),
+            _collapse(evidence),
+        ]
         return "Verdict: " + "; ".join(part for part in parts if part) + "."
     parts = [
         _choice(evidence, max_drop),
         _int8(evidence),
         _sparse(evidence),
         _accuracy(evidence),
+        _start(evidence),
         _collapse(evidence),
     ]
     return "Verdict: " + "; ".join(part for part in parts if part) + "."
@@ -120,34 +160,50 @@ def _why_no_race(evidence: Evidence) -> str:
 def choice(evidence: Evidence, max_drop: float | None) -> str | None:
     """The simplest model that holds the accuracy gate and that no other acceptable one beats beyond the noise.
 
-    None where nothing was raced, where there is no dense twin to compare with, or where none holds the gate. A file
-    that was given is its own start.
+    A sparse one has to beat its dense twin too, if that is acceptable: near the noise being faster than a third model
+    says nothing of the two. None where nothing was raced, where there is no dense twin to compare with, or where none
+    holds the gate. A file that was given is its own start.
     """
     race, chosen = evidence.race, None
     if race is None or (evidence.dense_start is None and evidence.given is None):
         return None
     if evidence.given is not None and not evidence.given.model.metrics:
         return evidence.given.label  # what is faster was not shown to answer as well
-    for label, value in candidates(evidence).items():
-        drop = evidence.drop(value)
-        if label not in race.labels or (max_drop is not None and drop is not None and drop > max_drop):
-            continue
-        if chosen is None or race.compare(label, chosen).claim == "faster":
+    drops = {label: evidence.drop(value) for label, value in candidates(evidence).items() if label in race.labels}
+    held = [label for label, drop in drops.items() if max_drop is None or drop is None or drop <= max_drop]
+    for label in held:
+        if chosen is None or (race.compare(label, chosen).claim == "faster" and _gains(evidence, label, held)):
             chosen = label
     return chosen
 
 
+def _gains(evidence: Evidence, label: str, held: Sequence[str]) -> bool:
+    """Whether being faster than another is the model's own: a sparse one's against its dense twin, if that is
+    acceptable, and none of one dense FP32 model against the other."""
+    if evidence.fine_tuned is not None and label == evidence.fine_tuned.label:
+        return False
+    found = twin(evidence)
+    if found is None or label != found.label or found.baseline not in held:
+        return True
+    return found.claim == "faster"
+
+
 def candidates(evidence: Evidence) -> dict[str, float]:
-    """What could be shipped, the simplest first, with the metric; engines of lower precision by their own."""
+    """What could be shipped, the simplest first, with the metric; engines of lower precision by their own.
+
+    Of the two dense FP32 models the better one alone, and none in float where that was not trained.
+    """
     found: dict[str, float] = {}
     if evidence.given is not None:
         if not evidence.given.model.metrics:
             return found
         found[evidence.given.label] = evidence.value(evidence.given, "given")
-    if evidence.dense_start is not None:
-        found[evidence.dense_start.label] = evidence.value(evidence.dense_start)
+    if (row := evidence.dense_float) is not None:
+        found[row.label] = evidence.value(row, "dense" if row is evidence.fine_tuned is evidence.dense else None)
     raced = evidence.benchmarks[0].metrics if evidence.benchmarks else {}
     found |= {label: metrics[evidence.metric] for label, metrics in raced.items()}
+    if evidence.untrained:
+        found.clear()
     for row, branch in ((evidence.dense, "dense"), (evidence.sparse, "sparse")):
         if row is not None and row is not evidence.given:
             found.setdefault(row.label, evidence.value(row, branch))
@@ -287,9 +343,25 @@ def _accuracy(evidence: Evidence) -> str:
     parts = [f"{evidence.metric} {evidence.value(final, branch):.4f} {final.label}"]
     if evidence.sparse is not None and evidence.dense is not None:
         parts.append(f"{evidence.value(evidence.dense, 'dense'):.4f} {evidence.dense.label}")
+    tuned = evidence.fine_tuned
+    if tuned is not None and tuned is evidence.dense_float and tuned is not evidence.dense:
+        parts.append(f"{tuned.model.metrics[evidence.metric]:.4f} {tuned.label}")
     if evidence.dense_start is not None and evidence.dense_start.label != final.label:
         parts.append(f"{evidence.dense_start.model.metrics[evidence.metric]:.4f} {evidence.dense_start.label}")
     return ", ".join(parts)
+
+
+def _start(evidence: Evidence) -> str:
+    """What stands in for dense FP32 where that is no measure of the others."""
+    start, reference = evidence.dense_start, evidence.reference
+    if start is None or reference is None or reference[0] == start.label:
+        return ""
+    if evidence.untrained:
+        return (
+            f"accuracies are held against {reference[0]} and nothing in float is shipped, for dense FP32 was not "
+            "trained to the end: model.checkpoint, train or nm.fine_tune would train it"
+        )
+    return f"accuracies are held against {reference[0]}, the better of the two in FP32"
 
 
 def _collapse(evidence: Evidence) -> str:

@@ -5,8 +5,17 @@ Shapes are `(K, C / groups, *kernel)`. The fourth word, what the builder picked,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+_RECURRENT = "a recurrent layer: nothing here projects or quantises it"
+UNPRUNED: Mapping[str, str] = {
+    "ConvTranspose": "a transposed convolution: nothing here projects or quantises it",
+    "LSTM": _RECURRENT,
+    "GRU": _RECURRENT,
+    "RNN": _RECURRENT,
+}
+"""ONNX operators whose weights are counted and stay as they are, with the reason."""
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsify_deploy.graph.constants import Graph, Weight, attribute
+from sparsify_deploy.graph.eligibility import UNPRUNED
 
 if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
 _MOVES = ("Identity", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice", "Gather")
+_PUTS_TOGETHER = ("Slice", "Split", "Squeeze", "Unsqueeze", "Reshape", "Transpose", "Identity", "Cast")
 _FUSED = ("Relu", "Clip", "LeakyRelu", "MaxPool", "Concat", *_MOVES)
 _GELU = ("Div", "Erf", "Add", "Mul", "Mul")
 """The operators of GELU as torch writes it."""
@@ -22,7 +24,7 @@ _GELU = ("Div", "Erf", "Add", "Mul", "Mul")
 
 @dataclass(frozen=True, eq=False)
 class WeightLayer:
-    """A Conv, Gemm or MatMul with a constant weight.
+    """A Conv, Gemm or MatMul with a constant weight, or one that nothing here prunes, see `all_layers`.
 
     `shape` and `values` are `(K, C / groups, *kernel)` whatever way round the file holds them. `values` are the
     integers behind Q/DQ with the zero point taken off, where the weight is quantised, else its floats. `weight` is
@@ -51,36 +53,48 @@ class WeightLayer:
 def weight_layers(model: onnx.ModelProto) -> tuple[WeightLayer, ...]:
     """Every Conv, Gemm and MatMul of the top graph that multiplies by a constant, in graph order.
 
-    Transposed convolutions are left out: nothing here prunes them.
+    Transposed convolutions and recurrent layers are left out: nothing here prunes them.
 
     Raises:
         ModelError: a Q/DQ scale is not positive and finite, or a quantised weight is malformed; names the node.
+    """
+    return tuple(layer for layer in all_layers(model) if layer.op not in UNPRUNED)
+
+
+def all_layers(model: onnx.ModelProto) -> tuple[WeightLayer, ...]:
+    """`weight_layers`, and in their places ConvTranspose, LSTM, GRU and RNN: all that a size or a share is taken of.
+
+    A recurrent node has one layer a weight, under the weight's own name. Raises as `weight_layers`.
     """
     graph = Graph(model)
     graph.check_scales()
     found = []
     for node in model.graph.node:
-        read = _READERS.get(node.op_type)
-        result = read(graph, node) if read is not None and node.domain in ("", "ai.onnx") else None
-        if result is None:
+        if node.domain not in ("", "ai.onnx"):
             continue
-        weight, values, groups, activation = result
-        reader = _float_reader(graph, node.output[0])
-        layer = WeightLayer(
-            name=node.name or node.output[0],
-            op=node.op_type,
-            weight=weight.initializer,
-            shape=tuple(values.shape),
-            groups=groups,
-            precision=weight.precision,
-            int8_in=_int8_in(graph, activation),
-            int8_out=reader is None,
-            values=np.ascontiguousarray(values),
-            float_reader=reader or "",
-            output=node.output[0],
-        )
-        found.append(layer)
+        if node.op_type in ("LSTM", "GRU", "RNN"):
+            found += _recurrent(graph, node)
+        elif (read := _READERS.get(node.op_type)) is not None and (result := read(graph, node)) is not None:
+            found.append(_layer(graph, node, node.name or node.output[0], result, node.output[0]))
     return tuple(found)
+
+
+def _layer(graph: Graph, node: onnx.NodeProto, name: str, found: _Read, output: str) -> WeightLayer:
+    weight, values, groups, activation = found
+    reader = _float_reader(graph, output) if output else ""
+    return WeightLayer(
+        name=name,
+        op=node.op_type,
+        weight=weight.initializer,
+        shape=tuple(values.shape),
+        groups=groups,
+        precision=weight.precision,
+        int8_in=_int8_in(graph, activation),
+        int8_out=reader is None,
+        values=np.ascontiguousarray(values),
+        float_reader=reader or "",
+        output=output,
+    )
 
 
 _Read = tuple[Weight, "NDArray[Any]", int, str]
@@ -111,10 +125,57 @@ def _matmul(graph: Graph, node: onnx.NodeProto) -> _Read | None:
     return (left, left.values, 1, node.input[1]) if left is not None and left.values.ndim == 2 else None
 
 
+def _conv_transpose(graph: Graph, node: onnx.NodeProto) -> _Read | None:
+    """ConvTranspose holds `(C, K / groups, *kernel)`."""
+    weight = graph.weight(node.input[1])
+    if weight is None or weight.values.ndim < 3:
+        return None
+    groups = int(attribute(node, "group", 1))
+    inputs, outputs, *kernel = weight.values.shape
+    if groups < 1 or inputs % groups:
+        return None
+    parts = weight.values.reshape(groups, inputs // groups, outputs, *kernel)
+    return weight, parts.swapaxes(1, 2).reshape(groups * outputs, inputs // groups, *kernel), groups, node.input[0]
+
+
+def _recurrent(graph: Graph, node: onnx.NodeProto) -> list[WeightLayer]:
+    """One layer a constant behind W and R, `(directions, gates x H, C)`; exporters put them together of several."""
+    found = {}
+    for name in node.input[1:3]:
+        for weight in _parts(graph, name):
+            values = weight.values.reshape(-1, weight.values.shape[-1])
+            found[weight.initializer] = _layer(
+                graph, node, weight.initializer, (weight, values, 1, node.input[0]), output=""
+            )
+    return list(found.values())
+
+
+def _parts(graph: Graph, name: str) -> list[Weight]:
+    """The constant matrices that a tensor is put together of, each once."""
+    seen: set[str] = set()
+    found: dict[str, Weight] = {}
+    waiting = [name]
+    while waiting:
+        current = waiting.pop(0)
+        if current in seen:
+            continue
+        seen.add(current)
+        weight, node = graph.weight(current), graph.producer.get(current)
+        if weight is not None:
+            if weight.values.ndim in (2, 3) and weight.values.size:
+                found.setdefault(weight.initializer, weight)
+        elif node is not None and node.op_type == "Concat":
+            waiting.extend(node.input)
+        elif node is not None and node.op_type in _PUTS_TOGETHER:
+            waiting.append(node.input[0])
+    return list(found.values())
+
+
 _READERS: dict[str, Callable[[Graph, onnx.NodeProto], _Read | None]] = {
     "Conv": _conv,
     "Gemm": _gemm,
     "MatMul": _matmul,
+    "ConvTranspose": _conv_transpose,
 }
 
 

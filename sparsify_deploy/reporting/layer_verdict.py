@@ -38,9 +38,13 @@ def _file_row(layer: WeightLayer, n: int, m: int) -> LayerReport:
     from sparsify_deploy.graph.nm import blocks, violations
     from sparsify_deploy.graph.size import bytes_as_stored, bytes_compressed
 
+    unpruned = eligibility.UNPRUNED.get(layer.op, "")
     possible = eligibility.pattern_possible(layer.shape, layer.groups, m)
-    broken = violations(layer.values, n, m)
-    usable = eligibility.pattern_possible(layer.shape, layer.groups, 4).ok and violations(layer.values, 2, 4) == 0
+    if unpruned:
+        possible = eligibility.Answer(False, unpruned)
+    broken = 0 if unpruned else violations(layer.values, n, m)
+    fits = not unpruned and eligibility.pattern_possible(layer.shape, layer.groups, 4).ok
+    usable = fits and violations(layer.values, 2, 4) == 0
     return LayerReport(
         name=layer.name,
         weight=layer.weight,
@@ -55,12 +59,12 @@ def _file_row(layer: WeightLayer, n: int, m: int) -> LayerReport:
         pattern_possible=possible.ok,
         pattern_held=possible.ok and broken == 0,
         usable=usable,
-        rule_of_thumb=eligibility.rule_of_thumb(layer.shape, layer.groups, m).ok,
-        reason=eligibility.explained(layer.shape, layer.groups, m),
+        rule_of_thumb=not unpruned and eligibility.rule_of_thumb(layer.shape, layer.groups, m).ok,
+        reason=unpruned or eligibility.explained(layer.shape, layer.groups, m),
         bytes_stored=bytes_as_stored(layer.shape, layer.precision),
         bytes_compressed=bytes_compressed(layer.shape, layer.precision, usable),
         violations=broken,
-        blocks=blocks(layer.values, m),
+        blocks=0 if unpruned else blocks(layer.values, m),
         float_reader=layer.float_reader,
         output=layer.output,
     )
@@ -83,6 +87,7 @@ class Known:
 
     `facts` are the build's: `sparse_eligible` and `sparse_picked` list engine layers, None where the builder said
     nothing. `dense` and `sparse` are profiles of the dense twin's engine and of this one, at `batch_size`.
+    `projectable` names the weights that a projection takes; None: by their names alone, as torch's modules have them.
     """
 
     pattern: str = "2:4"
@@ -91,6 +96,7 @@ class Known:
     dense: EngineProfile | None = None
     sparse: EngineProfile | None = None
     batch_size: int | None = None
+    projectable: frozenset[str] | None = None
 
 
 def judge(layers: Sequence[LayerReport], known: Known) -> tuple[LayerVerdict, ...]:
@@ -124,7 +130,7 @@ def _judged(layer: LayerReport, known: Known) -> LayerVerdict:
     kernel = max(own, key=lambda time: time.ms).kernel if own else ""
     if picked:
         reason, advice = f"runs sparse{f': {kernel}' if kernel else ''}", ""
-    elif (obstacle := next(_obstacles(layer, known.pattern), None)) is not None:
+    elif (obstacle := next(_obstacles(layer, known), None)) is not None:
         reason, advice = obstacle
         if eligible and picked is False:
             reason = f"eligible, not picked: {reason}"
@@ -209,8 +215,21 @@ def _unobstructed(  # noqa: PLR0911 - one return a case
     return f"{clear}; {name} did not tell whether it picked a sparse kernel", ""
 
 
-def _obstacles(layer: LayerReport, pattern: str) -> Iterator[tuple[str, str]]:
+def _outside(layer: LayerReport, known: Known) -> str:
+    """What to do about a weight that is no module's, so that neither projection nor quantisation finds it; else ""."""
+    if known.projectable is not None:
+        inside = layer.weight in known.projectable
+        return "" if inside else "make it an nn.Linear or nn.Conv: a weight outside a module is not projected"
+    if layer.weight == "weight" or layer.weight.endswith(".weight"):
+        return ""
+    return "project it if it is of an nn.Linear or nn.Conv: a weight outside a module is not projected"
+
+
+def _obstacles(layer: LayerReport, known: Known) -> Iterator[tuple[str, str]]:
     """What stands against a sparse INT8 kernel by the file, in the order of the chain, each with advice."""
+    pattern = known.pattern
+    if layer.op in eligibility.UNPRUNED:
+        yield layer.reason, "leave it: its weights stay as they are"
     m = int(pattern.partition(":")[2])
     outputs, inputs = layer.shape[0], layer.shape[1]
     possible = eligibility.pattern_possible(layer.shape, layer.groups, m)
@@ -222,11 +241,14 @@ def _obstacles(layer: LayerReport, pattern: str) -> Iterator[tuple[str, str]]:
         yield possible.reason, f"{wide} would hold {pattern}; a layer that reads the data itself is best left dense"
     if layer.violations:
         advice = "project it: nm.keep_dense and nm.keep_worst_dense leave layers out"
-        if not rule.ok:
+        if outside := _outside(layer, known):
+            advice = outside
+        elif not rule.ok:
             advice = f"the rule of thumb leaves it out ({rule.reason}): nm.layers pattern_possible takes it in"
         yield f"{layer.violations} of {layer.blocks} groups break {pattern}", advice
     if layer.precision != "INT8":
-        yield f"weights are {layer.precision}, not INT8", "quantise it: quantize.keep_float leaves layers out"
+        advice = "quantise it: quantize.keep_float leaves layers out"
+        yield f"weights are {layer.precision}, not INT8", _outside(layer, known) or advice
     if outputs % 8:
         yield rule.reason, f"{eligibility.next_multiple(outputs, 8)} may let INT8 kernels run sparse"
     if inputs % 32:

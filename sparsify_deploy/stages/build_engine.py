@@ -44,7 +44,7 @@ class BuildEngine:
     export: Export
 
     name: ClassVar[str] = "build_engine"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     inputs: ClassVar[tuple[str, ...]] = ("onnx",)
     outputs: ClassVar[Mapping[str, str]] = {"engine": "engine", "preprocessing": "preprocessing"}
 
@@ -77,11 +77,11 @@ class BuildEngine:
     def run(self, inputs: Mapping[str, Path], out: Path, context: Context) -> Facts:
         from sparsify_deploy.graph import file
         from sparsify_deploy.graph.dequantized import integer_operators
-        from sparsify_deploy.graph.layers import weight_layers
+        from sparsify_deploy.graph.layers import all_layers
 
         runtime = menu.entry("runtimes", self.runtime)
         model = file.load(inputs["onnx"])
-        layers = file_part(weight_layers(model))
+        layers = file_part(all_layers(model))
         folder = out / self.outputs["engine"]
         folder.mkdir(exist_ok=True)
         engine = engine_file(folder, self.runtime)

@@ -48,7 +48,7 @@ class ExportOnnx:
     nm: NM | None
 
     name: ClassVar[str] = "export_onnx"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     inputs: ClassVar[tuple[str, ...]] = ("weights", "quantized", "mask")
     outputs: ClassVar[Mapping[str, str]] = {"onnx": "model.onnx"}
     environment: ClassVar[tuple[str, ...]] = ("torch", "onnx")

@@ -40,7 +40,7 @@ class ExportFlavour:
     batch_size: int
 
     name: ClassVar[str] = "export_onnx.onnxruntime"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     inputs: ClassVar[tuple[str, ...]] = ("onnx", "weights", "quantized", "mask")
     outputs: ClassVar[Mapping[str, str]] = {"onnx": "model.onnx"}
     environment: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnxruntime")

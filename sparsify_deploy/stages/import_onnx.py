@@ -40,7 +40,7 @@ class ImportOnnx:
     subject: Given
 
     name: ClassVar[str] = "import_onnx"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     inputs: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[Mapping[str, str]] = {"onnx": "model.onnx", "report": "report.json"}
     environment: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime")
@@ -65,13 +65,13 @@ class ImportOnnx:
     def run(self, inputs: Mapping[str, Path], out: Path, context: Context) -> Facts:
         from sparsify_deploy.graph import file
         from sparsify_deploy.graph.dequantized import integer_operators, is_quantised
-        from sparsify_deploy.graph.layers import weight_layers
+        from sparsify_deploy.graph.layers import all_layers
 
         source, path = self.subject.path, out / self.outputs["onnx"]
         model = file.load(source)
         external = _take(model, source, path)
         file.check(model, source)
-        layers = file_part(weight_layers(model))
+        layers = file_part(all_layers(model))
         by_operators = integer_operators(model)
         precision = _precision(layers, quantised=is_quantised(model) or bool(by_operators))
         outputs, batch = outputs_of_file(self.subject, path)

@@ -38,7 +38,7 @@ class Measure:
     benchmark: Benchmark
 
     name: ClassVar[str] = "measure"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     inputs: ClassVar[tuple[str, ...]] = ("weights", "quantized", "mask")
     outputs: ClassVar[Mapping[str, str]] = {"report": "report.json", "measured_onnx": "model.onnx"}
 
@@ -66,7 +66,7 @@ class Measure:
 
     def run(self, inputs: Mapping[str, Path], out: Path, context: Context) -> Facts:
         from sparsify_deploy.graph import file
-        from sparsify_deploy.graph.layers import weight_layers
+        from sparsify_deploy.graph.layers import all_layers
         from sparsify_deploy.training.loop import evaluate
 
         device = reproducible(context)
@@ -80,7 +80,7 @@ class Measure:
             examples=len(test),
             sparsity_asked=self.sparsity,
             precision="INT8" if self.quantize is not None else "FP32",
-            layers=file_part(weight_layers(file.load(onnx)), *(self.nm.nm if self.nm is not None else (2, 4))),
+            layers=file_part(all_layers(file.load(onnx)), *(self.nm.nm if self.nm is not None else (2, 4))),
             onnx_bytes=onnx.stat().st_size,
             latency=tuple(self._latencies(onnx, out, context)),
             runtime=self.runtime,

@@ -195,7 +195,7 @@ def test_every_section_of_a_recipe_is_used_on_a_written_page() -> None:
 
 def test_every_reason_and_advice_for_a_layer_is_explained() -> None:
     source = ast.parse((ROOT / "sparsify_deploy" / "reporting" / "layer_verdict.py").read_text(encoding="utf-8"))
-    judging = {"_judged", "_obstacles", "_unobstructed", "_float_output"}
+    judging = {"_judged", "_obstacles", "_unobstructed", "_float_output", "_outside"}
     text = plain(PAGES["verdict.md"])
     for function in ast.walk(source):
         if isinstance(function, ast.FunctionDef) and function.name in judging:

@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from sparsify_deploy.errors import ModelError
-from sparsify_deploy.graph.layers import weight_layers
+from sparsify_deploy.graph.layers import all_layers, weight_layers
 
 
 def build(nodes, constants, shape=(1, 4, 5, 5), opset=21):
@@ -246,3 +246,65 @@ def test_a_circle_ends_in_an_error():
     nodes = [node("Identity", ["p"], "q"), node("Identity", ["q"], "p"), node("Conv", ["x", "p"], "y")]
     with pytest.raises(ModelError, match="circle"):
         weight_layers(build(nodes, {}))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_transposed_convolution_is_counted_the_way_round_other_layers_are(groups):
+    weight = RNG.normal(size=(4, 6, 3, 3)).astype(np.float32)
+    model = build([node("ConvTranspose", ["x", "w"], "y", group=groups)], {"w": weight})
+    assert weight_layers(model) == ()
+    (layer,) = all_layers(model)
+    assert (layer.op, layer.weight, layer.groups, layer.precision) == ("ConvTranspose", "w", groups, "FP32")
+    assert layer.shape == (6 * groups, 4 // groups, 3, 3)
+    for group in range(groups):
+        for out in range(6):
+            for into in range(4 // groups):
+                held = layer.values[group * 6 + out, into]
+                np.testing.assert_array_equal(held, weight[group * (4 // groups) + into, out])
+
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_a_recurrent_layer_is_counted_weight_by_weight(op):
+    size, rows = 2, 2 * GATES[op]
+    constants = {
+        "in": RNG.normal(size=(rows, 3)).astype(np.float32),
+        "in_reverse": RNG.normal(size=(rows, 3)).astype(np.float32),
+        "hidden": RNG.normal(size=(2, rows, size)).astype(np.float32),
+        "none": np.int64([0]),
+        "half": np.int64([rows // 2]),
+        "whole": np.int64([rows]),
+    }
+    nodes = [  # exporters put the gates in another order
+        node("Slice", ["in", "half", "whole", "none"], "low"),
+        node("Slice", ["in", "none", "half", "none"], "high"),
+        node("Concat", ["low", "high"], "turned", axis=0),
+        node("Unsqueeze", ["turned", "none"], "w_forward"),
+        node("Unsqueeze", ["in_reverse", "none"], "w_reverse"),
+        node("Concat", ["w_forward", "w_reverse"], "w", axis=0),
+        node(op, ["x", "w", "hidden"], "y", hidden_size=size, direction="bidirectional"),
+    ]
+    model = build(nodes, constants, (5, 1, 3))
+    assert weight_layers(model) == ()
+    layers = all_layers(model)
+    found = {layer.weight: (layer.name, layer.op, layer.shape, layer.precision) for layer in layers}
+    assert found == {
+        "in": ("in", op, (rows, 3), "FP32"),
+        "in_reverse": ("in_reverse", op, (rows, 3), "FP32"),
+        "hidden": ("hidden", op, (2 * rows, size), "FP32"),
+    }
+    np.testing.assert_array_equal(next(x for x in layers if x.weight == "in").values, constants["in"])
+
+
+def test_layers_that_nothing_prunes_stand_in_their_places_among_the_others():
+    constants = {"c": WEIGHT, "t": RNG.normal(size=(6, 4, 1, 1)).astype(np.float32), "w": WEIGHT}
+    nodes = [
+        node("Conv", ["x", "c"], "first"),
+        node("ConvTranspose", ["first", "t"], "second"),
+        node("Conv", ["second", "w"], "y"),
+    ]
+    model = build(nodes, constants)
+    assert [layer.name for layer in all_layers(model)] == ["first", "second", "y"]
+    assert [layer.name for layer in weight_layers(model)] == ["first", "y"]

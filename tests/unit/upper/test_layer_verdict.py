@@ -208,3 +208,36 @@ def test_the_name_of_a_compiled_kernel_does_not_tell_whether_it_is_sparse(layer:
     compiled = profile(kernel="__myl_FcAdd_0x1f")
     assert verdict(layer(), runtime="tensorrt", sparse=compiled).picked is None
     assert verdict(layer(), runtime="tensorrt", sparse=profile(kernel="sm90_xmma_gemm_i8")).picked is False
+
+
+@pytest.mark.parametrize(
+    ("op", "kind"), [("ConvTranspose", "a transposed convolution"), ("LSTM", "a recurrent layer"), ("GRU", "recurrent")]
+)
+def test_what_nothing_here_prunes_is_counted_and_told(layer: Layer, op: str, kind: str) -> None:
+    (row,) = file_part([layer((128, 32), op=op, precision="FP32")])
+    assert (row.weights, row.zeros, row.bytes_stored, row.bytes_compressed) == (4096, 2048, 16384, 16384)
+    assert (row.pattern_possible, row.pattern_held, row.usable, row.rule_of_thumb) == (False,) * 4
+    (found,) = judge((row,), Known(runtime="tensorrt"))
+    assert found.reason.endswith("nothing here projects or quantises it")
+    assert kind in found.reason
+    assert found.advice == "leave it: its weights stay as they are"
+
+
+MODULE = "make it an nn.Linear or nn.Conv: a weight outside a module is not projected"
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (10, 128)])
+def test_a_weight_outside_a_module_is_not_told_to_be_projected(layer: Layer, shape: tuple[int, int]) -> None:
+    outside = layer(shape, dense=True, weight="w1", precision="FP32")
+    known = verdict(outside, projectable=frozenset({"conv.weight"}))
+    assert "break 2:4" in known.reason
+    assert known.advice == MODULE
+    assert verdict(outside).advice == MODULE.replace("make it an", "project it if it is of an")
+    module = layer(shape, dense=True)
+    for found in (verdict(module), verdict(module, projectable=frozenset({"conv.weight"}))):
+        assert found.advice.startswith(("project it: nm.keep_dense", "the rule of thumb leaves it out"))
+
+
+def test_a_weight_outside_a_module_is_not_told_to_be_quantised(layer: Layer) -> None:
+    found = verdict(layer(weight="w1", precision="FP32"), projectable=frozenset())
+    assert (found.reason, found.advice) == ("weights are FP32, not INT8", MODULE)

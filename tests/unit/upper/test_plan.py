@@ -313,3 +313,9 @@ def test_the_patterns_on_the_way_are_one_step_and_the_twin_takes_as_many_optimiz
     assert ids(found) == ids(plan(recipe()))
     by_id = {step.id: step.stage for step in found.steps}
     assert by_id["sparse/project_nm"].training == by_id["dense/fine_tune"].fit.training
+
+
+def test_both_dense_float_models_may_be_shipped_and_so_their_engines_are_kept(recipe: Make) -> None:
+    (race,) = [step.stage for step in plan(recipe()).steps if isinstance(step.stage, BenchmarkEngines)]
+    kept = {variant.label: variant.folder for variant in race.variants if variant.kept and variant.kind == "onnx"}
+    assert kept == {"dense FP32": "dense-fp32", "dense FP32, fine-tuned": "dense-fp32-fine-tuned"}

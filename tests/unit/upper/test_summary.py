@@ -400,6 +400,40 @@ def test_deploy_holds_the_engine_the_verdict_ships_and_the_file_it_was_built_fro
     assert sorted(report.shipped.files) == sorted(p.name for p in (run / "deploy").iterdir())
 
 
+def test_deploy_holds_the_fine_tuned_model_where_that_is_the_better_one_in_fp32(
+    recipe: Make,
+    outcomes: Callable[..., list[Outcome]],
+    row: Callable[..., Row],
+    recipe_file: Path,
+    tmp_path: Path,
+) -> None:
+    found, label = plan(recipe()), "dense FP32, fine-tuned"
+    made = outcomes(found, {"dense FP32": 1.0, label: 1.0})
+    (measured,) = [o.record.outputs["report"] for o in made if o.step.id == "dense/fine_tune.report"]
+    measured.write_text(dump(row(label, "dense/fine_tune.report", {"accuracy": 0.95, "loss": 0.4}).model))
+    report = summarise(found, made, None)
+    assert report.verdict.startswith(f"Verdict: ship the {label} model")
+    publish(tmp_path / "run", report, made, recipe_file, DigestCache(tmp_path / "digests.json"))
+    assert (tmp_path / "run" / "deploy" / "model.xml").read_text() == f"<net>{label}</net>"
+    assert (tmp_path / "run" / "deploy" / "model.onnx").read_text() == "onnx of dense/fine_tune.report"
+    assert shipped(tmp_path / "run")["accuracy"]["value"] == 0.95
+
+
+def test_the_layers_that_the_projection_chose_from_are_told_from_other_weights(
+    recipe: Make, outcomes: Callable[..., list[Outcome]], row: Callable[..., Row]
+) -> None:
+    found = plan(recipe(quantize=None))
+    layers = [{"layer": name, "projected": False, "reason": "r"} for name in ("conv", "fc")]
+    facts = {"layers": layers, "projected": 0, "pattern": "2:4"}
+    for weight, advice in (("conv.weight", "project it: nm.keep_dense"), ("w1", "make it an nn.Linear or nn.Conv")):
+        made = outcomes(found, facts={"sparse/project_nm": facts})
+        for outcome in made:
+            for layer in outcome.record.measured.get("file_layers", ()):
+                layer |= {"weight": weight, "violations": 1, "pattern_held": False}
+        (chain, *_) = summarise(found, made, None).chains
+        assert chain.layers[0].advice.startswith(advice)
+
+
 def test_deploy_follows_the_verdict_and_goes_with_it(
     recipe: Make, outcomes: Callable[..., list[Outcome]], recipe_file: Path, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 from sparsify_deploy import menu
 from sparsify_deploy.reporting.layer_verdict import Known, chain
 from sparsify_deploy.reports import SAME_GRAPH, BenchmarkReport, EngineRow, Gate, Row
-from sparsify_deploy.timing import Race
+from sparsify_deploy.timing import LEAST_NOISE, Comparison, Race, claim
 from sparsify_deploy.verdict import SPARSE_KERNELS, Evidence, choice, gates, value_of, verdict
 
 Rows = Callable[..., Row]
@@ -308,3 +308,116 @@ def test_where_a_candidates_metric_was_taken_is_said(evidence: MakeEvidence, eng
     assert value_of(found, "dense BF16") == (0.85, "all test examples, the engine itself")
     assert value_of(found, "dense INT8") == (0.7, "all test examples, the engine itself")
     assert value_of(found, "2:4 INT8") == (0.9, "all test examples, the same model in torch")
+
+
+def raced(evidence: Evidence, medians: Mapping[tuple[str, str], tuple[float, float, float]]) -> Evidence:
+    """The evidence with the medians and intervals of a real race in place of those that follow from the times."""
+    (report,) = evidence.benchmarks
+    ours = report.races[0]
+    found = {(c.label, c.baseline): c for c in ours.comparisons}
+    for (label, baseline), (median, low, high) in medians.items():
+        found[label, baseline] = Comparison(label, baseline, median, low, high, claim(median, low, high, LEAST_NOISE))
+    changed = dataclasses.replace(ours, comparisons=tuple(found.values()))
+    return dataclasses.replace(evidence, benchmarks=(dataclasses.replace(report, races=(changed,)),))
+
+
+NEAR = {
+    ("dense INT8", "dense FP32"): (1.01, 1.00, 1.02),
+    ("2:4 INT8", "dense FP32"): (1.025, 1.021, 1.04),
+    ("2:4 INT8", "dense INT8"): (1.02, 0.99, 1.03),
+}
+"""Dense INT8 within the noise of dense FP32, the sparse model beyond that, and within the noise of its twin."""
+
+
+def test_a_sparse_model_has_to_beat_its_dense_twin_and_not_a_third_model_alone(
+    evidence: MakeEvidence,
+) -> None:
+    times = {"dense FP32": 1.0, "dense INT8": 0.99, "2:4 INT8": 0.975}
+    values = {"dense FP32": 0.8278, "dense INT8": 0.8417, "2:4 INT8": 0.8333}
+    found = raced(evidence(times, values), NEAR)
+    assert found.race is not None
+    assert found.race.compare("2:4 INT8", "dense FP32").claim == "faster"
+    assert choice(found, 0.01) == choice(found, None) == "dense FP32"
+    both = {**NEAR, ("2:4 INT8", "dense INT8"): (1.03, 1.021, 1.04)}
+    assert choice(raced(found, both), 0.01) == "2:4 INT8"
+    outside = raced(evidence(times, {**values, "dense INT8": 0.75}), NEAR)
+    assert choice(outside, 0.05) == "2:4 INT8", "its twin does not hold the gate, and it beats what does"
+
+
+@pytest.fixture
+def tuned(row: Rows, evidence: MakeEvidence) -> MakeEvidence:
+    """Evidence whose second dense FP32 model, the fine-tuned one, is as fast as the first."""
+
+    def make(start: float, fine_tuned: float, times: tuple[float, ...], others: float, **keywords: Any) -> Evidence:
+        labels = ("dense FP32", "dense FP32, fine-tuned", "dense INT8", "2:4 INT8")
+        metric = keywords.get("metric", "accuracy")
+        found = evidence(
+            dict(zip(labels, times, strict=True)),
+            {"dense FP32": start, "dense INT8": others, "2:4 INT8": others},
+            **keywords,
+        )
+        return dataclasses.replace(found, fine_tuned=row(labels[1], "dense/fine_tune.report", {metric: fine_tuned}))
+
+    return make
+
+
+def test_of_the_two_dense_fp32_models_the_better_one_is_shipped_and_compared_with(tuned: MakeEvidence) -> None:
+    slower = (1.0, 0.9, 1.1, 1.1)
+    found = tuned(0.3125, 1.0, slower, 0.75)
+    assert choice(found, None) == choice(found, 0.01) == "dense FP32, fine-tuned"
+    text = verdict(found, None)
+    assert text.startswith("Verdict: ship the dense FP32, fine-tuned model; ")
+    assert "accuracy 0.7500 2:4 INT8, 0.7500 dense INT8, 1.0000 dense FP32, fine-tuned, 0.3125 dense FP32; " in text
+    assert text.endswith("; accuracies are held against dense FP32, fine-tuned, the better of the two in FP32.")
+    assert value_of(found, "dense FP32, fine-tuned") == (1.0, "all test examples, the same model in torch")
+    (gate,) = gates(found, {**NONE, "max_drop": 0.1})
+    assert (gate.value, gate.met) == (pytest.approx(0.25), False)
+    assert "than dense FP32, fine-tuned's" in gate.how
+
+
+@pytest.mark.parametrize(("start", "fine_tuned"), [(0.9, 0.9), (0.9, 0.8)])
+def test_a_start_that_fine_tuning_does_not_improve_stays_the_one(
+    tuned: MakeEvidence, start: float, fine_tuned: float
+) -> None:
+    """The fine-tuned one is not shipped for its speed either: a difference between the two is the race's."""
+    found = tuned(start, fine_tuned, (1.0, 0.9, 1.1, 1.1), 0.9)
+    assert choice(found, None) == "dense FP32"
+    assert "held against" not in verdict(found, None)
+    (gate,) = gates(found, {**NONE, "max_drop": 0.1})
+    assert "than dense FP32's" in gate.how
+
+
+def test_of_an_error_the_lower_one_is_the_better_dense_fp32(tuned: MakeEvidence) -> None:
+    found = tuned(0.6, 0.5, (1.0, 1.0, 1.1, 1.1), 0.55, metric="rmse", direction="lower")
+    assert choice(found, None) == "dense FP32, fine-tuned"
+    assert choice(tuned(0.5, 0.6, (1.0, 1.0, 1.1, 1.1), 0.55, metric="rmse", direction="lower"), None) == "dense FP32"
+
+
+def test_the_fine_tuned_model_has_to_be_beaten_by_int8(tuned: MakeEvidence) -> None:
+    assert choice(tuned(0.8, 0.9, (1.0, 1.0, 0.5, 0.5), 0.9), 0.01) == "dense INT8"
+    assert choice(tuned(0.8, 0.9, (1.0, 1.0, 0.5, 0.5), 0.85), 0.01) == "dense FP32, fine-tuned"
+
+
+def test_a_network_without_trained_weights_is_not_shipped_beside_its_trained_int8(evidence: MakeEvidence) -> None:
+    values = {"dense FP32": 0.3125, "dense INT8": 0.75, "2:4 INT8": 0.7}
+    found = evidence({"dense FP32": 1.0, "dense INT8": 1.1, "2:4 INT8": 1.1}, values)
+    floats = dataclasses.replace(found.benchmarks[0], metrics={"dense BF16": {"accuracy": 0.3}})
+    found = dataclasses.replace(found, benchmarks=(floats,))
+    assert choice(found, None) == choice(found, 0.01) == "dense INT8"
+    text = verdict(found, None)
+    assert "accuracies are held against dense INT8 and nothing in float is shipped" in text
+    assert "for dense FP32 was not trained to the end: model.checkpoint, train or nm.fine_tune would train it" in text
+    (gate,) = gates(found, {**NONE, "max_drop": 0.01})
+    assert (gate.value, gate.met) == (pytest.approx(0.05), False)
+    trained = evidence({"dense FP32": 1.0, "dense INT8": 1.1}, {"dense FP32": 0.7, "dense INT8": 0.75})
+    assert choice(trained, None) == "dense FP32"
+    assert "not trained" not in verdict(trained, None)
+
+
+def test_a_fine_tuned_model_that_is_the_final_one_is_not_shipped_for_a_speed_it_cannot_have(
+    tuned: MakeEvidence,
+) -> None:
+    found = tuned(0.9, 0.8, (1.0, 0.9, 1.1, 1.1), 0.9)
+    found = dataclasses.replace(found, dense=found.fine_tuned, sparse=None)
+    assert choice(found, None) == "dense FP32"
+    assert choice(dataclasses.replace(found, fine_tuned=None), None) == "dense FP32, fine-tuned"
