@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from sparsify_deploy.errors import DataError, Interrupted, OutOfResources, SparsifyError, UsageError, is_out_of_memory
+from sparsify_deploy.errors import (
+    DataError,
+    EnvironmentProblem,
+    Interrupted,
+    OutOfResources,
+    SparsifyError,
+    UsageError,
+    is_out_of_memory,
+)
 
 _LIGHT = frozenset({"--help", "--version", "version", "list", "validate"})
 """What needs no supervision, and answers before that is imported."""
@@ -64,6 +72,11 @@ def _program(arguments: Sequence[str]) -> int:
             os.getcwd()
         except FileNotFoundError:  # native libraries die of that, and with words of their own
             raise UsageError("the working directory is gone: cd to one that is there, and call again") from None
+        try:
+            Path.home()
+        except RuntimeError:  # OpenVINO does not even import
+            text = "this user has no home folder, and libraries ask for one: set HOME, as in `export HOME=/tmp`"
+            raise EnvironmentProblem(text) from None
         from sparsify_deploy import supervisor
 
         if supervisor.wanted(arguments):
