@@ -129,10 +129,11 @@ def _known(error: Exception) -> tuple[Sequence[str], int] | None:
 
         if (line := limits.line(error)) is not None:
             return [line], OutOfResources.exit_code
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        from sparsify_deploy.artifacts.durable import FULL
+
         where = f"{error.filename}: " if error.filename else ""
-        text = f"{where}the disk is full: free some space, the same command goes on"
-        return [text], OutOfResources.exit_code
+        return [f"{where}{FULL[error.errno]}, the same command goes on"], OutOfResources.exit_code
     if isinstance(error, OSError) and error.filename is not None and error.errno in _UNREADABLE:
         return [f"{os.fsdecode(error.filename)}: cannot be read or written: {error.strerror}"], DataError.exit_code
     return None

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsify_deploy.artifacts.digests import DigestCache
+from sparsify_deploy.artifacts.digests import DigestCache, Stamp, stamp
 from sparsify_deploy.artifacts.durable import check_space
 from sparsify_deploy.artifacts.environment import fact
-from sparsify_deploy.artifacts.fingerprint import canonical
+from sparsify_deploy.artifacts.fingerprint import canonical, digest
 from sparsify_deploy.artifacts.store import ArtifactStore, Record, explained
 from sparsify_deploy.errors import DataError, EnvironmentProblem, Interrupted, UsageError
 from sparsify_deploy.menu import did_you_mean
@@ -47,6 +47,7 @@ class Fingerprints:
     def __init__(self, known: DigestCache) -> None:
         self._known = known
         self._digests: dict[Path, str] = {}
+        self._stamps: dict[Path, Stamp] = {}
 
     def parts(self, step: PlannedStep, records: Mapping[str, Record]) -> dict[str, Json]:
         """Everything that may change the result, in named parts; `records` holds the steps it takes inputs from."""
@@ -65,12 +66,26 @@ class Fingerprints:
     def _digest(self, name: str, path: Path) -> str:
         if path not in self._digests:
             try:
+                self._stamps[path] = stamp(path)
                 self._digests[path] = self._known.digest(path)
             except FileNotFoundError as error:
                 raise DataError(f"{name}: {path} does not exist; correct the path in the recipe") from error
             except OSError as error:
                 raise DataError(f"{name}: {path} cannot be read: {error.strerror or error}") from error
         return self._digests[path]
+
+    def changed(self, step: PlannedStep) -> str | None:
+        """The first file of a step that was changed since its digest was taken, by other bytes or by another file of
+        the same bytes in its place; None: each is what it was."""
+        for name, path in sorted(step.stage.files().items()):
+            try:
+                now = stamp(path)
+                replaced = [inode for *_, inode in now] != [inode for *_, inode in self._stamps[path]]
+                if now != self._stamps[path] and (replaced or self._known.hash(path) != self._digests[path]):
+                    return f"{name}: {path}"
+            except OSError as error:
+                return f"{name}: {path} ({error.strerror or error})"
+        return None
 
 
 def survey(plan: Plan, store: ArtifactStore) -> list[Status]:
@@ -114,8 +129,8 @@ def run(
     """Bring every step up to date, in order.
 
     `again` runs these stages although they are cached, `start` that stage and all after it; what follows a stage runs
-    again only if its input changed. `until` ends after the last step of that stage and the report on it. A failing step
-    is not committed.
+    again only if its input changed. Where such a run was interrupted, the same request goes on. `until` ends after the
+    last step of that stage and the report on it. A failing step is not committed.
     """
     order = [step.id for step in plan.steps]
     anew = {identifier for name in again for identifier in selected(plan, name)}
@@ -125,11 +140,13 @@ def run(
     while last + 1 < len(order) and order[last + 1] == f"{order[last]}.report":
         last += 1
     prints, records, outcomes = Fingerprints(store.digests), dict[str, Record](), list[Outcome]()
-    checked = False
+    request, checked = sorted(anew), False
+    made_again = store.made_again(request)
     for step in plan.steps[: last + 1]:
         parts = prints.parts(step, records)
+        asked = step.id in anew and digest(parts) not in made_again
         made = next((o.record for o in outcomes if o.ran and o.record.parts == parts), None)
-        record = made or (None if step.id in anew else store.find(step.stage.name, parts))
+        record = made or (None if asked else store.find(step.stage.name, parts))
         why = ""
         if record is None:
             if not checked:
@@ -137,8 +154,8 @@ def run(
                 if (loaded := getattr(plan.subject, "loaded", None)) is not None:
                     context.progress.say(loaded.line)
                 checked = True
-            why = "asked for" if step.id in anew else store.reason(step.id, parts)
-            if step.id in anew and not store.begun(step.stage.name, parts):
+            why = "asked for" if asked else store.reason(step.id, parts)
+            if asked and not store.begun(step.stage.name, parts):
                 store.discard(step.stage.name, parts)
             if context.stop_requested():
                 raise Interrupted(f"stopped before {step.id}; the same command goes on from here")
@@ -149,11 +166,20 @@ def run(
                 with explained(out), memory.explained():
                     check_space(out, needed_bytes(step.stage, inputs, out), step.id)
                     facts = redacted(step.stage.run(inputs, out, context))
+                if (changed := prints.changed(step)) is not None:
+                    store.discard(step.stage.name, parts)
+                    raise DataError(
+                        f"{changed} was changed while {step.id} worked, which may have read either: what it made is "
+                        "deleted; the same command makes it of what is there now"
+                    )
                 record = store.commit(step.stage.name, parts, step.stage.outputs, facts, clock() - began)
+            if asked:
+                store.note_again(request, made_again := made_again | {digest(parts)})
         ran = bool(why)
         store.remember(step.id, parts)
         records[step.id] = record
         outcomes.append(Outcome(step, record, ran, why))
+    store.made_again(())
     return outcomes
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sparsify_deploy import logbook, menu, pipeline, recipe_source, reports
 from sparsify_deploy.artifacts.environment import machine
-from sparsify_deploy.artifacts.store import ArtifactStore
+from sparsify_deploy.artifacts.store import ArtifactStore, holding
 from sparsify_deploy.errors import UsageError
 from sparsify_deploy.plan import Plan, is_given
 from sparsify_deploy.plan import plan as plan_of
@@ -102,7 +102,7 @@ class Workspace:
         self._trust(progress)
         self._check_metric()
         self._check_predicted()
-        with self.store.lock(), self._logged("run", progress) as logged, stoppable() as stop_requested:
+        with self._held(), self._logged("run", progress) as logged, stoppable() as stop_requested:
             context = Context(logged, checkpoint_every_s, self.recipe.threads, device, stop_requested)
             outcomes = pipeline.run(self.plan, self.store, context, again=again, start=start, until=until)
             outcomes += self._sensitivity_known(outcomes)
@@ -120,7 +120,7 @@ class Workspace:
         self._trust(progress)
         self._check_metric()
         whole = plan_of(self.recipe, sensitivity=True, trusted=self.trusted)
-        with self.store.lock(), self._logged("sensitivity", progress) as logged, stoppable() as stop_requested:
+        with self._held(), self._logged("sensitivity", progress) as logged, stoppable() as stop_requested:
             context = Context(logged, threads=self.recipe.threads, device=device, stop_requested=stop_requested)
             ran = {o.step.id: o for o in pipeline.run(whole.leading_to("sensitivity"), self.store, context)}
             outcomes = [
@@ -133,6 +133,10 @@ class Workspace:
             publish(self.folder, report, outcomes, self.source, self.store.digests, sets=self.sets, plan=whole)
         assert report.sensitivity is not None
         return report.sensitivity
+
+    def _held(self) -> AbstractContextManager[None]:
+        """The run directory and the store for this process alone."""
+        return holding(self.folder, self.store)
 
     def _logged(self, verb: str, progress: Progress) -> AbstractContextManager[Progress]:
         """The progress that the run directory's log hears too; the log ends with what ends the run."""

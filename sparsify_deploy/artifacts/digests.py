@@ -20,6 +20,9 @@ _COARSEST_CLOCK_NS = 10_000_000
 """File times may be this coarse: a file changed that shortly before it was hashed could change again unseen."""
 
 
+Stamp = list[list[int]]
+
+
 class DigestCache:
     """Digests of files and folders by path, kept in `file`. A file whose stamp differs is hashed again."""
 
@@ -31,7 +34,7 @@ class DigestCache:
     def digest(self, path: Path, algorithm: Algorithm = "sha256") -> str:
         """`file_digest` of a path, read from memory where nothing changed. Raises `OSError` as that does."""
         entry = self._entries().get(str(path.absolute()), {})
-        if algorithm in entry and entry["stamp"] == _stamp(path):
+        if algorithm in entry and entry["stamp"] == stamp(path):
             return str(entry[algorithm])
         return self.hash(path, algorithm)
 
@@ -43,14 +46,14 @@ class DigestCache:
         self, paths: Sequence[Path], algorithm: Algorithm = "sha256", single: dict[Path, str] | None = None
     ) -> list[str]:
         """`hash` of each path, several files at a time; into `single` go those of each file."""
-        before, began = [_stamp(path) for path in paths], time.time_ns()
+        before, began = [stamp(path) for path in paths], time.time_ns()
         found = file_digests(paths, algorithm, single)
-        for path, stamp, digest in zip(paths, before, found, strict=True):
-            newest = max((max(modified, changed) for _, modified, changed, _ in stamp), default=0)
-            if _stamp(path) == stamp and newest < began - _COARSEST_CLOCK_NS:
+        for path, then, digest in zip(paths, before, found, strict=True):
+            newest = max((max(modified, changed) for _, modified, changed, _ in then), default=0)
+            if stamp(path) == then and newest < began - _COARSEST_CLOCK_NS:
                 known = self._entries().get(str(path.absolute()), {})
-                others = known if known.get("stamp") == stamp else {}
-                self._entries()[str(path.absolute())] = {**others, "stamp": stamp, algorithm: digest}
+                others = known if known.get("stamp") == then else {}
+                self._entries()[str(path.absolute())] = {**others, "stamp": then, algorithm: digest}
                 self._changed = True
         return found
 
@@ -90,8 +93,11 @@ def _read(file: Path) -> dict[str, Json]:
         return {}
 
 
-def _stamp(path: Path) -> list[list[int]]:
-    """Size, times of change (ns) and inode of a file, or of every file in a folder in the order of their names."""
+def stamp(path: Path) -> Stamp:
+    """Size, times of change (ns) and inode of a file, or of every file in a folder in the order of their names.
+
+    Raises `OSError`.
+    """
     files = [path / name for name in files_below(path)] if path.is_dir() else [path]
     found = []
     for file in files:

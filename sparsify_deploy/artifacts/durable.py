@@ -32,6 +32,12 @@ NEW = ".sparsify-new"
 OLD = ".sparsify-old"
 _SEALED = b'{"sealed": "'
 _BLOCK = 1 << 20
+FULL = {
+    errno.ENOSPC: "the disk is full: free some",
+    errno.EDQUOT: "the disk quota is used up: free some",
+    errno.EFBIG: "no file may be that large here: raise the limit (ulimit -f)",
+}
+"""What keeps a file from being written for want of room, and what to do."""
 _UNWRITABLE = frozenset(
     {
         errno.EACCES,
@@ -234,13 +240,22 @@ def explained(folder: Path) -> Iterator[None]:
         raise OutOfResources("memory ran out: use a smaller batch; the same command goes on from here") from error
     except OSError as error:
         where = error.filename or folder
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
-            raise OutOfResources(f"{where}: {what}: free some, then the same command goes on from here") from error
+        if error.errno in FULL:
+            raise OutOfResources(f"{where}: {FULL[error.errno]}, then the same command goes on from here") from error
         if error.errno in _UNWRITABLE:
             advice = "choose another place with --run-dir or --store, or correct its permissions"
             raise UsageError(f"{where}: cannot be written ({error.strerror}): {advice}") from error
         raise
+
+
+def check_room(path: Path, size_bytes: int) -> None:
+    """Raises `OSError` where a file of that size cannot be written as `path`, which is deleted again."""
+    try:
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, max(size_bytes, 1))
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def check_space(folder: Path, needed_bytes: int, what: str) -> None:

@@ -11,9 +11,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
@@ -32,11 +32,12 @@ if TYPE_CHECKING:
     from sparsify_deploy.artifacts.hashing import Algorithm
     from sparsify_deploy.types import Facts, Json
 
-__all__ = ["DIGESTS", "MANIFEST", "PARTS", "ArtifactStore", "Record", "changes", "explained", "record_in"]
+__all__ = ["DIGESTS", "MANIFEST", "PARTS", "ArtifactStore", "Record", "changes", "explained", "holding", "record_in"]
 
 MANIFEST = "manifest.json"
 DIGESTS = "digests.json"
 PARTS = "parts.json"
+AGAIN = "again.json"
 _OWN = frozenset({MANIFEST, PARTS})
 _FIELDS = frozenset({"stage", "fingerprint", "parts", "outputs", "measured", "created", "seconds"})
 _NAMED = re.compile(r"[a-z][a-z0-9_.]*-[0-9a-f]{64}(\.partial)?")
@@ -141,6 +142,24 @@ class ArtifactStore:
                 if os.path.lexists(folder):
                     durable.delete(folder)
 
+    def made_again(self, request: Sequence[str]) -> frozenset[str]:
+        """The fingerprints of what an interrupted run had made anew when it was asked for just these steps; what is
+        noted of any other request is forgotten."""
+        path = self.folder / AGAIN
+        if not os.path.lexists(path):
+            return frozenset()
+        noted = _read_json(path)
+        if request and isinstance(noted, dict) and noted.get("request") == list(request):
+            return frozenset(noted["made"])
+        with explained(self.folder):
+            path.unlink(missing_ok=True)
+        return frozenset()
+
+    def note_again(self, request: Sequence[str], made: Collection[str]) -> None:
+        """Note for `made_again` what was made of a request."""
+        with explained(self.folder):
+            durable.write_json(self.folder / AGAIN, {"request": list(request), "made": sorted(made)})
+
     def remember(self, step: str, parts: Mapping[str, Json]) -> None:
         """Note from what a step of a plan was last made, for `reason`."""
         path = self._last(step)
@@ -222,6 +241,18 @@ class ArtifactStore:
 
     def _last(self, step: str) -> Path:
         return self.folder / "last" / f"{step.replace('/', '.')}.json"
+
+
+@contextmanager
+def holding(folder: Path, store: ArtifactStore) -> Iterator[None]:
+    """Hold a run directory and its store, always in this order; raises `Locked` where another process has one.
+
+    A store inside has the one lock for both. Runs that share a store elsewhere have a lock each in their own folders
+    besides, for two of them may be told to use the same.
+    """
+    inside = store.folder.resolve() == (folder / "store").resolve()
+    with nullcontext() if inside else locked(folder), store.lock():
+        yield
 
 
 def changes(before: Json, now: Json, most: int = 5) -> str:

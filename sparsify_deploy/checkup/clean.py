@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsify_deploy.artifacts import durable
-from sparsify_deploy.artifacts.store import ArtifactStore
+from sparsify_deploy.artifacts.store import ArtifactStore, holding
 from sparsify_deploy.checkup import run_directory
 from sparsify_deploy.checkup.run_directory import Entry, RunDirectory
 from sparsify_deploy.errors import UsageError
@@ -59,7 +59,10 @@ def clean(
         raise UsageError(f"--unused: {folder} has no report that says which results are used: finish a run first")
     found = tuple(_pieces(run, unfinished=unfinished, unused=unused))
     if not dry_run:
-        with ArtifactStore(run.store).lock(), durable.explained(run.store):  # taking it sweeps the store's leftovers
+        with (
+            holding(run.folder, ArtifactStore(run.store)),
+            durable.explained(run.store),
+        ):  # taking it sweeps the store's leftovers
             doomed = [piece.path for piece in _pieces(run, unfinished=unfinished, unused=unused) if piece.goes]
             for path in doomed:
                 _delete(path)

@@ -76,7 +76,7 @@ class RunDirectory:
         for entry in self.entries():
             if entry.unfinished and entry.marked:
                 yield from _named(entry.path, _OURS)
-        yield from _named(self.folder, _OURS, _PUBLISHED_BEFORE)
+        yield from _named(Path(os.path.realpath(self.folder)), _OURS, _PUBLISHED_BEFORE)
         for kind in ("onnx", "engines", "triton"):
             yield from _named(self.folder / kind, _OURS)
             for inner in _folders(self.folder / kind):

@@ -88,6 +88,8 @@ def build(onnx: Path, engine: Path, params: Params, /, *, progress: Progress | N
                 model = _core().read_model(source)
                 openvino.save_model(model, partial, compress_to_fp16=False)
         except RuntimeError as error:
+            with durable.explained(engine.parent):
+                durable.check_room(Path(folder, "room"), onnx.stat().st_size)  # it says the same of a full disk
             raise ModelError(f"{onnx}: OpenVINO cannot convert it: {_one_line(error)}") from None
         durable.move(partial.with_suffix(".bin"), weights)
         durable.move(partial, engine)

@@ -104,6 +104,14 @@ def test_leftovers_go_and_nothing_else(run: Path) -> None:
     assert clean(run).freed_bytes == 0
 
 
+def test_a_run_directory_that_is_named_through_a_link_is_cleaned_too(run: Path, tmp_path: Path) -> None:
+    plant(run, LEFT)
+    (tmp_path / "link").symlink_to(run)
+    through = clean(tmp_path / "link")
+    assert through.freed_bytes > 0
+    assert not [name for name in LEFT if os.path.lexists(run / name)]
+
+
 def test_what_is_kept_is_named_with_its_size_and_its_option(run: Path) -> None:
     kept = {piece.path.name.split("-")[0]: piece for piece in clean(run).pieces}
     assert len(clean(run).pieces) == 2

@@ -17,7 +17,7 @@ import pytest
 
 from sparsify_deploy.artifacts import durable
 from sparsify_deploy.artifacts.fingerprint import digest
-from sparsify_deploy.artifacts.store import ArtifactStore, Record, changes, explained
+from sparsify_deploy.artifacts.store import ArtifactStore, Record, changes, explained, holding
 from sparsify_deploy.errors import CorruptArtifact, Locked, OutOfResources, UsageError
 
 PARTS: dict[str, Any] = {"stage": "train", "version": 1, "settings": {"params": {"rounds": 50}, "lr": 0.1}}
@@ -454,6 +454,7 @@ def test_the_lock_is_free_after_an_error(tmp_path: Path) -> None:
     [
         (errno.ENOSPC, OutOfResources, "the disk is full"),
         (errno.EDQUOT, OutOfResources, "quota"),
+        (errno.EFBIG, OutOfResources, "ulimit -f"),
         (errno.EACCES, UsageError, "--run-dir"),
         (errno.EROFS, UsageError, "--run-dir"),
     ],
@@ -491,3 +492,20 @@ def test_other_errors_pass_and_spent_memory_is_explained(tmp_path: Path) -> None
         (tmp_path / "none").read_text()
     with pytest.raises(OutOfResources, match="memory ran out"), explained(tmp_path):
         raise MemoryError
+
+
+def test_a_run_directory_is_held_too_where_its_store_lies_elsewhere(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with (
+        holding(run, ArtifactStore(tmp_path / "a")),
+        pytest.raises(Locked, match=r"run is in use by process"),
+        holding(run, ArtifactStore(tmp_path / "b")),
+    ):
+        pytest.fail("it was held twice")
+    with holding(run, ArtifactStore(tmp_path / "a")), pytest.raises(Locked), ArtifactStore(tmp_path / "a").lock():
+        pytest.fail("the store was not held")
+    inside = tmp_path / "inside"
+    with holding(inside, ArtifactStore(inside / "store")):
+        assert not (inside / ".lock").exists()
+    with holding(run, ArtifactStore(tmp_path / "b")):
+        assert (run / ".lock").exists()

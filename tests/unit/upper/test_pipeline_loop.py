@@ -246,6 +246,30 @@ def test_again_after_an_attempt_that_broke_off_goes_on_with_it(line: Line) -> No
     assert (line.folder / "store" / partial / "checkpoint").read_text() == "half"
 
 
+def test_the_same_again_after_an_interruption_goes_on(line: Line) -> None:
+    line.run()
+    TROUBLE["c"] = Interrupted("stopped")
+    with pytest.raises(Interrupted):
+        line.run(start="x/b")
+    assert ran() == ["b", "c"]
+    TROUBLE.clear()
+    assert [(o.ran, o.why) for o in line.run(start="x/b")] == [(False, ""), (False, ""), (True, "asked for")]
+    line.run(start="x/b")  # that one came to its end, so this is a new request
+    assert ran() == ["b", "c"]
+
+
+def test_what_an_interrupted_again_made_is_nothing_to_another_request(line: Line) -> None:
+    line.run()
+    TROUBLE["c"] = Interrupted("stopped")
+    with pytest.raises(Interrupted):
+        line.run(start="x/b")
+    TROUBLE.clear()
+    line.run()
+    assert ran() == ["c"]
+    line.run(start="x/b")
+    assert ran() == ["b", "c"]
+
+
 def test_from_runs_that_step_and_all_after_it_even_unchanged(line: Line) -> None:
     line.run()
     line.run(start="x/b")
@@ -400,3 +424,39 @@ def test_looking_writes_nothing_and_runs_nothing(line: Line) -> None:
     assert {state for state, _ in line.why().values()} == {"to run", "follows"}
     assert LOG == []
     assert not (line.folder / "store").exists()
+
+
+@pytest.mark.parametrize("how", ["other bytes", "another file with the same bytes", "gone"])
+def test_a_file_that_changes_while_a_stage_works_is_not_what_it_was_made_from(how: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.write_text("one")
+
+    @dataclass(frozen=True)
+    class Reads(Say):
+        def run(self, inputs: Mapping[str, Path], out: Path, context: Context) -> Facts:
+            (out / "text.txt").write_text(data.read_text())
+            (tmp_path / "new").write_text("one")
+            if how == "other bytes":
+                data.write_text("two")
+            elif how == "gone":
+                data.unlink()
+            else:
+                (tmp_path / "new").replace(data)
+            return {}
+
+    with pytest.raises(DataError, match=r"file: \S+data.* was changed while x/a worked"):
+        Line(tmp_path, {"x/a": Reads("a", file=data)}).run()
+    assert not list((tmp_path / "store").glob("say-*"))
+
+
+def test_a_file_that_is_only_touched_while_a_stage_works_is_the_same(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.write_text("one")
+
+    @dataclass(frozen=True)
+    class Touches(Say):
+        def run(self, inputs: Mapping[str, Path], out: Path, context: Context) -> Facts:
+            data.touch()
+            return super().run(inputs, out, context)
+
+    assert [outcome.ran for outcome in Line(tmp_path, {"x/a": Touches("a", file=data)}).run()] == [True]
