@@ -147,10 +147,18 @@ def _fail(lines: Sequence[str], code: int) -> int:
 
         watch.finished(code)
     if (log := _failed_log()) is not None and code != Interrupted.exit_code:
-        console.error(f"log: {log}")
+        console.error(f"log: {_from_here(log)}")
     for line in lines:  # last, where people look
         console.error(line)
     return code
+
+
+def _from_here(path: Path) -> Path:
+    """A path as short as it is from the working directory, where it lies in that."""
+    try:
+        return path.relative_to(Path.cwd())
+    except (OSError, ValueError):
+        return path
 
 
 def _failed_log() -> Path | None:

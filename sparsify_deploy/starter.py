@@ -99,8 +99,13 @@ def start(
     text = _text(output, network, examples, weights, _Chosen(size, layers, normed, task))
     _opened(text, output, trust_code)
     _written(output, text)
-    entries = menu.entry("models", network.source), menu.entry("datasets", examples.source)
-    return Start(output, layers, size, any(entry.RUNS_USER_CODE for entry in entries))
+    return Start(output, layers, size, bool(_flag(network, examples)))
+
+
+def _flag(network: _Source, data: _Source | None) -> str:
+    """What a command needs besides the recipe where that names code of the user's."""
+    entries = [menu.entry("models", network.source), *([menu.entry("datasets", data.source)] if data else [])]
+    return " --trust-code" if any(entry.RUNS_USER_CODE for entry in entries) else ""
 
 
 def _written(output: Path, text: str) -> None:
@@ -124,15 +129,16 @@ def _start_given(network: _Source, data: _Source | None, output: Path, trust_cod
     sizes = (subject.fixed_batch,) if subject.fixed_batch is not None else (1, 32)
     _written(output, _given_text(output, network, data, about, sizes))
     size = len(subject.examples.split("train")) if data is not None else 0
-    return Start(output, layers, size, data is not None and menu.entry("datasets", data.source).RUNS_USER_CODE)
+    return Start(output, layers, size, bool(_flag(network, data)))
 
 
 def _given_text(output: Path, network: _Source, data: _Source | None, about: str, sizes: Sequence[int]) -> str:
+    flag = _flag(network, data)
     lines = [
         "# An ONNX file as it is: built, raced against variants of itself, judged. Nothing is trained.",
         "#",
-        f"#     sparsify-deploy plan {output.name}    what would run, the gain of 2:4 to expect; runs nothing",
-        f"#     sparsify-deploy run {output.name}",
+        f"#     sparsify-deploy plan {output.name}{flag}    what would run, the gain of 2:4 to expect; runs nothing",
+        f"#     sparsify-deploy run {output.name}{flag}",
         "version: 1",
         "",
         *([about] if about else []),
@@ -317,11 +323,12 @@ def _text(output: Path, network: _Source, data: _Source, checkpoint: str | None,
     else:
         optimizer, qat_lr = "{name: sgd, lr: 0.01, momentum: 0.9, weight_decay: 0.0001}", "0.001"
         why = "a tenth of the 0.1 that convolutional networks are commonly trained with"
+    flag = _flag(network, data)
     lines = [
         "# From a trained network to a 2:4-sparse INT8 engine, beside the dense twin of the same network.",
         "#",
-        f"#     sparsify-deploy plan {output.name}    what would run, its cost, the gain to expect; runs nothing",
-        f"#     sparsify-deploy run {output.name}",
+        f"#     sparsify-deploy plan {output.name}{flag}    what would run, its cost, the gain to expect; runs nothing",
+        f"#     sparsify-deploy run {output.name}{flag}",
         "version: 1",
         "",
         "model:",

@@ -253,6 +253,9 @@ def open_run(
     recipe = recipe_source.load(source, sets)
     folder = run_dir or Path("runs") / (recipe.name or source.stem)
     trusted = trust_code is True
+    if trusted and user_code(recipe):  # which may change the working directory
+        source, folder, store = source.absolute(), folder.absolute(), store.absolute() if store else None
+        recipe = recipe_source.load(source, sets)
     opened = Workspace(
         recipe,
         plan_of(recipe, trusted=trusted),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -20,10 +20,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _CHANNELS = (1, 3, 4)
+_NONE: Mapping[str, str] = {}
 
 
-def read(path: Path, names: Sequence[str], optional: Container[str] = ()) -> dict[str, NDArray[Any]]:
-    """The arrays of an archive by name, without those of `optional` that it lacks. Raises DataError."""
+def read(
+    path: Path, names: Sequence[str], optional: Container[str] = (), advice: Mapping[str, str] = _NONE
+) -> dict[str, NDArray[Any]]:
+    """The arrays of an archive by name, without those of `optional` that it lacks.
+
+    Raises DataError; for a missing array with what `advice` says of it.
+    """
     if not path.is_file():
         raise DataError(f"{path}: {'is a folder, expected a .npz file' if path.is_dir() else 'no such file'}")
     arrays = {}
@@ -36,7 +42,8 @@ def read(path: Path, names: Sequence[str], optional: Container[str] = ()) -> dic
             if name not in archive.names and name in optional:
                 continue
             if name not in archive.names:
-                raise DataError(f"{path}: no array is called {name!r}{did_you_mean(name, archive.names)}")
+                hint = did_you_mean(name, archive.names)
+                raise DataError(f"{path}: no array is called {name!r}{hint}{advice.get(name, '')}")
             try:
                 array = archive.read(name)
             except PythonObjects as exc:

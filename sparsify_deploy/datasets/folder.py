@@ -19,7 +19,7 @@ from sparsify_deploy.params import InputPath
 if TYPE_CHECKING:
     from sparsify_deploy.types import DataSet
 
-VERSION = 1
+VERSION = 2
 RUNS_USER_CODE = False
 
 _TEST_NAMES = ("test", "val", "validation")

@@ -69,7 +69,10 @@ def open(params: Params) -> DataSet:
         names = {"train": (params.train_inputs,)}
     optional = names["test"] if params.test_fraction and params.labels else ()
     wanted = [name for some in names.values() for name in some if name is not None]
-    arrays = _npz.read(params.path, wanted, optional)
+    held_out = dict.fromkeys(
+        (params.test_inputs, params.test_targets), ", or set data.params.test_fraction, such as 0.2"
+    )
+    arrays = _npz.read(params.path, wanted, optional, held_out)
     there = {split: some for split, some in names.items() if all(name in arrays for name in some)}
     layout = _npz.layout_of(arrays[params.train_inputs], params.layout, f"{where}: {params.train_inputs}")
     inputs = {split: _npz.inputs_of(arrays[x], layout, f"{where}: {x}") for split, (x, *_) in there.items()}

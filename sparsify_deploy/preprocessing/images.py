@@ -56,7 +56,7 @@ class Decoder:
                 if (size := file.width * file.height) > MOST_PIXELS:
                     raise ValueError(f"{file.width} x {file.height} pixels, more than {MOST_PIXELS:,}: resize it first")
                 with _one_at_a_time if size > _LARGE else nullcontext():
-                    pixels = np.asarray(self._fitted(file.convert(self.mode)))
+                    pixels = np.asarray(self._fitted(_eight_bit(file).convert(self.mode)))
         except (*unreadable, *bombs) as exc:
             raise DataError(f"{where}: the image cannot be decoded ({short(exc)})") from exc
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
@@ -76,6 +76,19 @@ class Decoder:
         resized = image.resize((round(width * scale), round(height * scale)), Resampling.BILINEAR)
         left, top = (resized.width - self.size) // 2, (resized.height - self.size) // 2
         return resized.crop((left, top, left + self.size, top + self.size))
+
+
+def _eight_bit(image: Image) -> Image:
+    """Grey of 16 bits in 8, the nearest; `convert` would cut it off at 255. ValueError for pixels without a range."""
+    from PIL import Image as images
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        values = np.asarray(image).astype(np.int64)
+        return images.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "32-bit integer" if image.mode == "I" else "floating-point"
+        raise ValueError(f"{kind} pixels have no known range: save it with 8 or 16 bits")
+    return image
 
 
 @cache

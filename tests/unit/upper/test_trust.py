@@ -247,3 +247,18 @@ def test_settings_of_a_checkpoint_that_have_no_effect(write, capsys, model, says
     write(model=PLAIN["model"].replace("model: {", f"model: {{{model}, "))
     assert main(["validate", "r.yaml"]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_paths_of_a_run_with_code_of_the_users_do_not_follow_the_working_directory(
+    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, changes = CODE["model.source file"]
+    recipe = write(**changes)
+    opened = open_run(recipe, run_dir=Path("run"), store=Path("kept"), trust_code=True)
+    assert (opened.folder, opened.source, opened.store.folder) == (
+        tmp_path / "run",
+        tmp_path / "r.yaml",
+        tmp_path / "kept",
+    )
+    assert [code.path for code in opened.code] == [tmp_path / name]
+    assert open_run(recipe, run_dir=Path("run")).folder == Path("run")
