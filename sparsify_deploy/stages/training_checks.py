@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from sparsify_deploy.training.vision import Mixing
 
+_MODE_EXAMPLES = 4
+"""Examples that show which outputs there are: BatchNorm cannot train on one."""
 _TRIED = 2
 """Training examples that are augmented and mixed before a run, to see that they can be."""
 
@@ -46,6 +48,7 @@ def check_training(subject: Subject, training: Training | None, model: nn.Module
     cannot run in the memory format it asks for; `model` is left as it is."""
     if training is None:
         return
+    _check_mode(subject, model)
     if training.compile and subject.free_axes:
         raise ModelError(
             f"training.compile makes code for one shape of batch, and the {' and '.join(subject.free_axes.names)} of "
@@ -79,6 +82,32 @@ def mixing(subject: Subject, training: Training, model: nn.Module) -> Mixing | N
     if logits is None or logits.ndim != 2:
         raise DataError("training.mixup and cutmix need logits of shape (N, classes), which the model does not give")
     return Mixing(training.mixup, training.cutmix, logits.shape[1])
+
+
+def _check_mode(subject: Subject, model: nn.Module) -> None:
+    """`ModelError` where the network gives other outputs in training than in evaluation, as auxiliary heads make it."""
+    import torch
+
+    from sparsify_deploy.training.evaluation import mode
+    from sparsify_deploy.types import outputs_of
+
+    batch = subject.example(_MODE_EXAMPLES)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    names = []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for train in (False, True):
+                with mode(model, train=train):
+                    names.append(tuple(outputs_of(model, batch, subject.examples.inputs)))
+    finally:
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    if names[0] != names[1]:
+        raise ModelError(
+            f"model {subject.model.source} gives {', '.join(names[1])} in training and {', '.join(names[0])} in "
+            "evaluation: turn off what it adds in training, such as auxiliary heads (model.params.arguments: "
+            "{aux_logits: false}), or return the same in both"
+        )
 
 
 def _check_validation(subject: Subject) -> None:

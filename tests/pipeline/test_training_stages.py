@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import random
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -300,3 +301,34 @@ def test_the_default_settings_ask_for_none_of_it():
     asked = (plain.chooses, plain.measures, plain.mixes, plain.compile, plain.channels_last, plain.ema)
     assert not any(asked)
     assert EMA().decay == 0.999
+
+
+class Heads(nn.Module):
+    """Two outputs in training, one in evaluation, as networks with auxiliary heads have."""
+
+    def __init__(self, both):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(64, 10)
+        self.both = both
+
+    def forward(self, x):
+        logits = self.head(self.drop(self.norm(x)).flatten(1))
+        return (logits, logits * 2) if self.training and self.both else logits
+
+
+def test_a_network_that_answers_otherwise_in_training_is_a_line_and_left_as_it_was(tmp_path):
+    subject = planned(tmp_path, "")["dense/train"].subject
+    expected = r"gives output_0, output_1 in training and output in evaluation: turn off .* \{aux_logits: false\}"
+    for both, outcome in ((True, pytest.raises(ModelError, match=expected)), (False, nullcontext())):
+        model = Heads(both)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        torch.manual_seed(3)
+        with outcome:
+            check_training(subject, Training(steps=1), model)
+        drawn = torch.rand(3)
+        torch.manual_seed(3)
+        assert torch.equal(drawn, torch.rand(3))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert model.training
