@@ -442,8 +442,9 @@ def predict(
     """
     from sparsify_deploy.predict import predict as ask
 
-    found = ask(package, files or (), text or (), top=top, threads=threads, trust=trust_engine)
+    found = ask(package, files or (), text or (), top=top, threads=threads, trust=trust_engine, keep_going=True)
     console.predicted(found, as_json=as_json)
+    found.check()
 
 
 @app.command(short_help="Check this machine and say what to install for what.")

@@ -243,10 +243,12 @@ def started(found: Start, *, as_json: bool) -> None:
     projected = sum(layer.projected for layer in found.layers)
     if as_json:
         layers = [vars(layer) for layer in found.layers]
-        _json({"recipe": str(found.recipe), "examples": found.examples, "layers": layers})
+        _json({"recipe": str(found.recipe), "examples": found.examples, "layers": layers, "notes": list(found.notes)})
         return
     examples = f"{found.examples} training examples" if found.examples else "no data"
     out(f"{found.recipe}: 2:4 for {projected} of {len(found.layers)} layers, {examples}")
+    for note in found.notes:
+        out(f"note: {note}")
     out(f"next: sparsify-deploy plan {quote(str(found.recipe))}{' --trust-code' if found.runs_code else ''}")
 
 

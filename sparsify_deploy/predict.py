@@ -52,6 +52,13 @@ class Predicted:
     model: str
     runtime: str
     answers: tuple[Answer, ...]
+    failed: tuple[str, ...] = ()
+    """Why the others have no answer, a line an example."""
+
+    def check(self) -> None:
+        """Raises DataError, a line for each example that has no answer."""
+        if self.failed:
+            raise DataError(*self.failed)
 
 
 def predict(
@@ -62,8 +69,11 @@ def predict(
     top: int = 5,
     threads: int = 1,
     trust: bool = False,
+    keep_going: bool = False,
 ) -> Predicted:
     """Preprocess each example as the package says and run the engine on it, one after another.
+
+    With `keep_going` an example that cannot be read or taken is left to `Predicted.check`, unless no example can.
 
     Raises DataError for a folder that holds no package and for an example that the model cannot take, CorruptArtifact
     where a file of the package is not the one it lists, RuntimeUnavailable where its runtime cannot run here, and
@@ -77,12 +87,25 @@ def predict(
             f"{folder}: says nothing of how raw examples become inputs, because the data set did not: open "
             f"{package.engine.name} with {package.runtime} and feed it inputs of your own"
         )
-    examples = raw_examples(package.spec, files, texts)
+    examples = _examples(package.spec, files, texts)
     check_own(package.engine, trust=trust)
     check_runs(package)
     with opened(package, threads) as ask:
-        answers = tuple(_answer(package, name, ask(example, name), top) for name, example in examples)
-    return Predicted(folder, package.note["model"], package.runtime, answers)
+        answers: list[Answer] = []
+        failed: list[str] = []
+        for name, example in examples:
+            try:
+                if isinstance(example, DataError):
+                    raise example
+                answers.append(_answer(package, name, ask(example, name), top))
+            except DataError as error:
+                if not keep_going:
+                    raise
+                failed += error.lines
+    found = Predicted(folder, package.note["model"], package.runtime, tuple(answers), tuple(failed))
+    if not answers:
+        found.check()
+    return found
 
 
 def table(found: Predicted) -> Table:
@@ -136,12 +159,23 @@ def raw_examples(spec: Spec, files: Sequence[Path], texts: Sequence[str]) -> Ite
 
     Raises DataError and UsageError.
     """
+
+    def read(example: Raw | DataError) -> Raw:
+        if isinstance(example, DataError):
+            raise example
+        return example
+
+    return ((name, read(example)) for name, example in _examples(spec, files, texts))
+
+
+def _examples(spec: Spec, files: Sequence[Path], texts: Sequence[str]) -> Iterator[tuple[str, Raw | DataError]]:
+    """The same, with the error in the place of what cannot be read."""
     takes = _takes(spec)
     if not files and not texts:
         raise UsageError(f"nothing to predict: this model takes {takes}")
     if texts and not isinstance(spec, TextSpec):
         raise UsageError(f"--text: this model takes {takes}")
-    first: list[tuple[str, Raw]] = [(_shown(text), _text(spec, text, "--text")) for text in texts]
+    first: list[tuple[str, Raw | DataError]] = [(_shown(text), _text(spec, text, "--text")) for text in texts]
     for path in files:
         if not path.is_file():
             raise DataError(f"{path}: {'is a folder: name the files in it' if path.is_dir() else 'no such file'}")
@@ -149,7 +183,7 @@ def raw_examples(spec: Spec, files: Sequence[Path], texts: Sequence[str]) -> Ite
         suffix = path.suffix.lower()
         if (wanted is not None and suffix not in wanted) or (wanted is None and suffix in (".txt", *_ARRAYS)):
             raise DataError(f"{path}: this model takes {takes}")
-    return chain(first, (example for path in files for example in _of_file(spec, path)))
+    return chain(first, (example for path in files for example in _readable(spec, path)))
 
 
 def _takes(spec: Spec) -> str:
@@ -158,6 +192,13 @@ def _takes(spec: Spec) -> str:
         kind = ".npy files" if len(spec.inputs) == 1 else f".npz files with {names}"
         return f"{kind}, each {spec.example}" if spec.example else kind
     return _TAKES[spec.kind]
+
+
+def _readable(spec: Spec, path: Path) -> list[tuple[str, Raw | DataError]]:
+    try:
+        return [*_of_file(spec, path)]
+    except DataError as error:
+        return [(str(path), error)]
 
 
 def _of_file(spec: Spec, path: Path) -> list[tuple[str, Raw]]:

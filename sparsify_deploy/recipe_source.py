@@ -25,6 +25,7 @@ from sparsify_deploy.recipe import MENU_SECTIONS, SCHEMA_VERSION, Recipe
 from sparsify_deploy.recipe_checks import mistakes
 from sparsify_deploy.recipe_yaml import MAX_BYTES, Leaf, Listing, Mistake, Node, Place, Section, describe, read, short
 from sparsify_deploy.safety import regular
+from sparsify_deploy.types import Json
 
 Path_: TypeAlias = "tuple[str | int, ...]"
 """Field names and list indices from the top of a recipe."""
@@ -96,6 +97,26 @@ def _with_set(tree: Section, item: str, order: int) -> tuple[Section, list[Mista
         return tree, [stop.mistake]
     assert isinstance(changed, Section)
     return changed, []
+
+
+def with_set(values: Mapping[str, Json], item: str) -> dict[str, Json]:
+    """`values` with one `--set` on top, put as `load` puts it. Raises `UsageError`."""
+    place = Place("", 0, 0)
+    tree = _tree(values, place)
+    assert isinstance(tree, Section)
+    changed, found = _with_set(tree, item, 1)
+    if found:
+        raise UsageError(*map(str, found))
+    made: dict[str, Json] = _plain(changed)
+    return made
+
+
+def _tree(value: Json, place: Place) -> Node:
+    if isinstance(value, Mapping):
+        return Section(place, {k: _tree(v, place) for k, v in value.items()}, dict.fromkeys(value, place), flow=True)
+    if isinstance(value, (list, tuple)):
+        return Listing(place, tuple(_tree(each, place) for each in value))
+    return Leaf(place, value)
 
 
 class _CannotPut(Exception):

@@ -12,13 +12,14 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsify_deploy import menu
+from sparsify_deploy import menu, recipe_source
 from sparsify_deploy.artifacts import durable
 from sparsify_deploy.errors import MissingExtra, RecipeError, UsageError
-from sparsify_deploy.recipe_yaml import Leaf, Place, read
 from sparsify_deploy.safety import regular
 from sparsify_deploy.stages.given import Given
-from sparsify_deploy.stages.project_nm import LayerForecast, forecast_layers
+from sparsify_deploy.stages.project_nm import LayerForecast, forecast_layers, reach
+from sparsify_deploy.stages.training_checks import check_training
+from sparsify_deploy.training.settings import Training
 from sparsify_deploy.types import Json
 from sparsify_deploy.workspace import open_run
 
@@ -40,6 +41,8 @@ class Start:
     layers: tuple[LayerForecast, ...]
     examples: int
     runs_code: bool
+    notes: tuple[str, ...] = ()
+    """What a reader must know: labels that look wrong, weights that are in no layer."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,14 @@ def start(
     first = _text(output, network, examples, weights, _Chosen(size=size, task=task))
     subject = _opened(first, output, trust_code)
     examples = _scaled(examples, subject)
+    check_training(subject, Training(steps=1), subject.check_network())
+    notes = (*subject.label_notes, *([line] if (line := reach(subject).line) else []))
     normed = any(type(part).__name__ == "LayerNorm" for part in subject.check_traceable().modules())
     layers = forecast_layers(subject, None)
-    text = _text(output, network, examples, weights, _Chosen(size, layers, normed, task))
+    text = _text(output, network, examples, weights, _Chosen(size, layers, normed, task, notes))
     _opened(text, output, trust_code)
     _written(output, text)
-    return Start(output, layers, size, bool(_flag(network, examples)))
+    return Start(output, layers, size, bool(_flag(network, examples)), notes)
 
 
 def _flag(network: _Source, data: _Source | None) -> str:
@@ -200,7 +205,7 @@ def _beside(path: Path, output: Path) -> str:
 
 def _with_sets(option: str, kind: str, source: _Source, sets: Sequence[str], output: Path) -> _Source:
     """A source with the parameters that `--set` gives it; paths in them as seen from the recipe."""
-    given = dict(source.params)
+    given: dict[str, Json] = dict(source.params)
     for item in sets:
         name, equals, text = item.partition("=")
         section, _, field = name.strip().partition(".params.")
@@ -215,10 +220,7 @@ def _with_sets(option: str, kind: str, source: _Source, sets: Sequence[str], out
         if about is not None and "Path" in str(about.annotation):
             given[field] = _beside(Path(text), output)
             continue
-        value, wrong = read(text, "", whole=Place(f"--set {item}", 0, 0))
-        if wrong or not isinstance(value, Leaf):
-            raise UsageError(f"--set {item}: expected one value; put lists and mappings into the recipe itself")
-        given[field] = value.value
+        given = recipe_source.with_set({option: {"params": given}}, item)[option]["params"]
     return _Source(source.source, given)
 
 
@@ -311,6 +313,7 @@ class _Chosen:
     layers: Sequence[LayerForecast] = ()
     normed: bool = False
     task: str = "classification"
+    notes: Sequence[str] = ()
 
 
 def _text(output: Path, network: _Source, data: _Source, checkpoint: str | None, chosen: _Chosen) -> str:
@@ -359,6 +362,7 @@ def _text(output: Path, network: _Source, data: _Source, checkpoint: str | None,
         "  schedule: {name: cosine, warmup_fraction: 0.05}",
         "",
         *_about(chosen.layers),
+        *(f"# {note}" for note in chosen.notes),
         "nm:",
         '  pattern: "2:4"',
         "  permute: channel_swap  # reorders channels so that 2:4 keeps more; the outputs stay the same",

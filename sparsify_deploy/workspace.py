@@ -24,7 +24,7 @@ from sparsify_deploy.safety.redaction import redacted
 from sparsify_deploy.stages import predictions
 from sparsify_deploy.stages.base import Estimate
 from sparsify_deploy.stages.given import Given
-from sparsify_deploy.stages.project_nm import LayerForecast, forecast_layers
+from sparsify_deploy.stages.project_nm import LayerForecast, forecast_layers, reach
 from sparsify_deploy.stages.trust import UserCode, user_code
 from sparsify_deploy.summary import publish, summarise
 from sparsify_deploy.types import Context, Progress
@@ -225,6 +225,7 @@ class Workspace:
 
         found = recipe_layers(self.plan.subject, self.recipe.nm, self.recipe.quantize)
         predicted = predictions.forecasts(found, targets, batch_sizes)
+        warned = (*self.plan.subject.label_notes, *predictions.warnings(self.recipe, found, predicted))
         return Forecast(
             shown,
             layers,
@@ -232,7 +233,7 @@ class Workspace:
             worst,
             predicted,
             predictions.unskipped(self.recipe),
-            predictions.warnings(self.recipe, found, predicted),
+            (*([line] if (line := reach(self.plan.subject).line) else []), *warned),
             predictions.gate(self.recipe, found),
         )
 

@@ -46,7 +46,7 @@ def judge(data: DataSet) -> Judged:
     for name, labels in found.items():
         _check_range(labels, name, data.classes)
     if "train" not in found:
-        return Judged()
+        return Judged(tuple(_one_hot(splits["train"])))
     present, sizes = np.unique(found["train"], return_counts=True)
     if len(present) == 1:
         only = _called(int(present[0]), data.classes)
@@ -77,13 +77,28 @@ def largest_label(data: DataSet) -> tuple[Literal["train", "test", "validation"]
     return None if best is None else best[1:]
 
 
-def _labels(split: Split) -> NDArray[Any] | None:
+def _target(split: Split) -> NDArray[Any] | None:
+    """The targets of a split, where they can be had without the examples."""
     fields = getattr(split, "fields", None)
     target = fields.get("target") if isinstance(fields, Mapping) else getattr(split, "target", None)
     values = target.numpy() if isinstance(target, Tensor) else target
-    if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype.kind not in "iu":
-        return None
-    return values
+    return values if isinstance(values, np.ndarray) else None
+
+
+def _labels(split: Split) -> NDArray[Any] | None:
+    values = _target(split)
+    return values if values is not None and values.ndim == 1 and values.dtype.kind in "iu" else None
+
+
+def _one_hot(split: Split) -> Iterator[str]:
+    """A line where the targets are one-hot rows `(N, classes)`, which are real numbers and mean labels."""
+    if (values := _target(split)) is None or values.ndim != 2 or values.shape[1] < 2 or values.dtype.kind != "f":
+        return
+    if ((values == 0) | (values == 1)).all() and (values.sum(axis=1) == 1).all():
+        yield (
+            f"data: each target is a row of {values.shape[1]} zeros and ones that sum to 1, which looks like one-hot "
+            "labels: for classification save the labels themselves, y.argmax(1), as integers"
+        )
 
 
 def _check_range(labels: NDArray[Any], name: str, classes: tuple[str, ...] | None) -> None:

@@ -68,6 +68,13 @@ class Exported:
         return module.train(network.training)
 
 
+@dataclass(frozen=True)
+class Refused:
+    """Why torch.export cannot follow a network that torch.fx cannot follow."""
+
+    reason: str
+
+
 class Constant(nn.Module):
     """A tensor that moves with the network and is no part of its weights."""
 
@@ -122,8 +129,8 @@ def export(
 
 def followable(
     network: nn.Module, given: Callable[[], tuple[Sequence[Mapping[str, Tensor]], Mapping[str, Sequence[int]]]]
-) -> Exported | None:
-    """The graph of a network that torch.fx cannot trace and torch.export can; None where torch.fx can, or neither.
+) -> Exported | Refused | None:
+    """The graph of a network that torch.fx cannot trace and torch.export can, or why neither can; None: torch.fx can.
 
     `given`, called where it is needed, gives an example of two examples or more and batches of other sizes, and the
     free axes of each input. The result says in its notes what it is.
@@ -134,8 +141,8 @@ def followable(
         (example, *others), free = given()
         try:
             found = export(network, example, others, free=free)
-        except ModelError:
-            return None
+        except ModelError as error:
+            return Refused(str(error))
         reason = str(refused).partition("; ")[0]
         note = f"{reason}; it runs as the graph that torch.export made of it, which gave the same outputs"
         return dataclasses.replace(found, notes=(note,))

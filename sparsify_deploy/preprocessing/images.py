@@ -82,7 +82,7 @@ def _eight_bit(image: Image) -> Image:
     """Grey of 16 bits in 8, the nearest; `convert` would cut it off at 255. ValueError for pixels without a range."""
     from PIL import Image as images
 
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.int64)
         return images.fromarray(((values + 128) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):

@@ -3,10 +3,14 @@
 The file is executed anew each time, so that what it makes depends on its text and the random state alone. Its
 folder is importable while it runs, and what it imported from there is forgotten afterwards: two files in two
 folders may each have their own `layers.py`. A sibling imported later, inside `forward` say, is not found.
+
+A file with relative imports and an `__init__.py` beside it is executed as part of its package, which gets a name of its
+own. The packages it lies in run before it, as they do for any import.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import importlib
@@ -15,11 +19,11 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 from sparsify_deploy.errors import DataError, SparsifyError, is_out_of_memory
 from sparsify_deploy.process import watch
@@ -141,6 +145,8 @@ def _load(path: Path, error: type[DataError]) -> ModuleType:
         raise error(f"{path}: cannot be read: {exc.strerror}") from exc
     check_approved(path, source, error)
     name = "_sparsify_deploy_user_" + hashlib.sha256(str(_real(path)).encode()).hexdigest()[:16]
+    if (packages := _packages(path)) and _imports_relatively(source, path):
+        return _load_in(packages, path, source, name)
     spec = importlib.util.spec_from_file_location(name, path, loader=SourceFileLoader(name, str(path)))
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -153,6 +159,76 @@ def _load(path: Path, error: type[DataError]) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _packages(path: Path) -> list[Path]:
+    """The folders that are the packages of a file, the outermost first; none for a package's own `__init__.py`."""
+    found: list[Path] = []
+    folder = _real(path).parent
+    while path.name != "__init__.py" and (folder / "__init__.py").is_file() and "." not in folder.name:
+        found.insert(0, folder)
+        folder = folder.parent
+    return found
+
+
+def _imports_relatively(source: bytes, path: Path) -> bool:
+    try:
+        tree = ast.parse(source, str(path))
+    except (SyntaxError, ValueError, RecursionError):  # executing it says so
+        return False
+    return any(isinstance(node, ast.ImportFrom) and node.level > 0 for node in ast.walk(tree))
+
+
+class _Bytes(SourceFileLoader):
+    """Executes the bytes that were read and judged, and no others that the file may hold by then."""
+
+    def __init__(self, name: str, path: Path, source: bytes) -> None:
+        super().__init__(name, str(path))
+        self._source = source
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Not by way of the bytecode cache."""
+        code: CodeType = compile(self._source, self.path, "exec", dont_inherit=True)
+        return code
+
+
+class _Finder:
+    """Finds one module by its full name: whichever of its package imports it gets the same one."""
+
+    def __init__(self, name: str, path: Path, source: bytes) -> None:
+        self._name, self._path, self._source = name, path, source
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Its spec; None for any other."""
+        if name != self._name:
+            return None
+        loader = _Bytes(name, self._path, self._source)
+        return importlib.util.spec_from_file_location(name, self._path, loader=loader)
+
+
+def _load_in(packages: Sequence[Path], path: Path, source: bytes, root: str) -> ModuleType:
+    """The file as a module of its packages, of which the outermost is called `root`; all are executed anew."""
+    for name in [key for key in sys.modules if key == root or key.startswith(f"{root}.")]:
+        del sys.modules[name]
+    spec = importlib.util.spec_from_file_location(
+        root, packages[0] / "__init__.py", submodule_search_locations=[str(packages[0])]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    name = ".".join([root, *(folder.name for folder in packages[1:]), path.stem])
+    finder = _Finder(name, path, source)
+    watch.executes(str(path))
+    sys.meta_path.insert(0, finder)
+    sys.modules[root] = package = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(package)
+        return importlib.import_module(name)
+    except BaseException:
+        for key in [key for key in sys.modules if key == root or key.startswith(f"{root}.")]:
+            del sys.modules[key]
+        raise
+    finally:
+        sys.meta_path.remove(finder)
 
 
 def _forget_siblings(folder: Path, known: set[str]) -> None:
@@ -194,6 +270,8 @@ def _hint(name: str, module: ModuleType) -> str:
 def one_line(path: Path, exc: BaseException) -> str:
     """`file:line: Type: message`, the line being the deepest one in the user's own folder."""
     message = exc.msg if isinstance(exc, SyntaxError) and exc.filename else str(exc)
+    if isinstance(exc, ImportError) and "no known parent package" in message:
+        message += ": put an empty __init__.py beside the file, or import without the dot"
     text = " ".join(message.split())
     if len(text) > _LONGEST_MESSAGE:
         text = text[:_LONGEST_MESSAGE] + "..."

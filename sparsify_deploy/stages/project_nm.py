@@ -267,6 +267,41 @@ def choose(layers: Sequence[Layer], nm: NM, mask: Mapping[str, Tensor] | None = 
 
 
 @dataclass(frozen=True)
+class Reach:
+    """How many weights, parameters of two axes or more, a network has, and in how many of them 2:4 could ever be.
+
+    `outside` names those that are of no Linear or Conv layer, with their counts, the largest first.
+    """
+
+    inside: int
+    outside: Mapping[str, int]
+
+    @property
+    def line(self) -> str:
+        """For a reader; "" where every weight is in such a layer."""
+        if not self.outside:
+            return ""
+        whole = self.inside + sum(self.outside.values())
+        named = ", ".join(f"{name} ({count:,})" for name, count in list(self.outside.items())[:3])
+        more = f" and {len(self.outside) - 3} more" if len(self.outside) > 3 else ""
+        return (
+            f"{self.inside:,} of {whole:,} weights are in Conv and Linear layers, which can be projected; outside of "
+            f"them, and never projected: {named}{more}"
+        )
+
+
+def reach(subject: Subject) -> Reach:
+    """Where the network's weights are; one shared by several modules counts once."""
+    from sparsify_deploy.sparsity.layers import prunable
+
+    model = subject.network()
+    layers = prunable(model)
+    held = {id(layer.weight) for layer in layers}
+    others = [(name, p.numel()) for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in held]
+    return Reach(sum(layer.weight.numel() for layer in layers), dict(sorted(others, key=lambda each: -each[1])))
+
+
+@dataclass(frozen=True)
 class LayerForecast:
     """Whether a layer would be projected, and why or why not, known from its shape before any training."""
 

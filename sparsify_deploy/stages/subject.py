@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sparsify_deploy.datasets._labels import Judged
     from sparsify_deploy.export.axes import FreeAxes
     from sparsify_deploy.models._checkpoint import Loaded
-    from sparsify_deploy.models._exported import Exported
+    from sparsify_deploy.models._exported import Exported, Refused
     from sparsify_deploy.types import Arrays, Batch, Context, DataSet, Split, Task
 
 _TRIED = 8
@@ -73,6 +73,11 @@ class Subject:
         return (*getattr(self.examples, "notes", ()), *self._judged.notes)
 
     @property
+    def label_notes(self) -> tuple[str, ...]:
+        """Those of them that are about labels."""
+        return self._judged.notes
+
+    @property
     def class_counts(self) -> tuple[int, ...] | None:
         """The training examples of each label from 0; None where the data do not tell or labels are no classes."""
         return self._judged.class_counts
@@ -117,7 +122,7 @@ class Subject:
 
     def _followable(self, model: nn.Module) -> nn.Module:
         """`model`, or on the same weights the graph that torch.export makes of it where torch.fx cannot trace it."""
-        from sparsify_deploy.models._exported import followable
+        from sparsify_deploy.models._exported import Exported, followable
 
         def batches() -> tuple[list[Batch], dict[str, tuple[int, ...]]]:
             inputs, axes = self.examples.inputs, self.free_axes.axes
@@ -128,10 +133,10 @@ class Subject:
         if not self._graphs:
             self._graphs.append(followable(model, batches))
         (graph,) = self._graphs
-        return model if graph is None else graph.over(model)
+        return graph.over(model) if isinstance(graph, Exported) else model
 
     @cached_property
-    def _graphs(self) -> list[Exported | None]:
+    def _graphs(self) -> list[Exported | Refused | None]:
         return []
 
     @cached_property
@@ -166,10 +171,16 @@ class Subject:
         try:
             return fold_batchnorm(self._checked)
         except ModelError as error:
-            if error.__cause__ is None or not menu.entry("models", self.model.source).RUNS_USER_CODE:
-                raise
-            line = usercode.line_of(self.model.params.path, error.__cause__)  # type: ignore[attr-defined]
-            raise ModelError(f"{line}: {error}") from error
+            said = "; nor can torch.export follow it: ".join([str(error), *self._refusals()])
+            if error.__cause__ is not None and menu.entry("models", self.model.source).RUNS_USER_CODE:
+                said = f"{usercode.line_of(self.model.params.path, error.__cause__)}: {said}"  # type: ignore[attr-defined]
+            raise ModelError(said) from error
+
+    def _refusals(self) -> list[str]:
+        """Why torch.export could not help, where it was asked."""
+        from sparsify_deploy.models._exported import Refused
+
+        return [graph.reason for graph in self._graphs if isinstance(graph, Refused)]
 
     def calibration(self, batches: int, batch_size: int, data: CalibrationData | None = None) -> list[Batch]:
         """`batches` training batches without augmentation, the same for every stage and branch.
@@ -291,22 +302,25 @@ class Subject:
         try:
             for batch in (self.example(), *self.extremes(), *self._largest_label()):
                 with torch.no_grad():
-                    outputs = self._outputs(model, batch)
+                    outputs = self.outputs(model, batch)
                 self._check_task(outputs, batch)
             if check is not None:
                 batch = self.example(min(_TRIED, len(self.examples.split("test"))))
                 with torch.no_grad():
-                    outputs = self._outputs(model, batch)
+                    outputs = self.outputs(model, batch)
                 check(outputs, batch)
         finally:
             model.train(was)
 
-    def _outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The outputs of the network for a batch. `ModelError`, also where one is no tensor with examples first."""
+    def outputs(self, model: nn.Module, batch: Batch, when: str = "") -> dict[str, Tensor]:
+        """The outputs of the network for a batch; errors say `when`.
+
+        Raises ModelError, also where one is no tensor with examples first.
+        """
         from sparsify_deploy.types import outputs_of
 
         shapes = ", ".join(f"{name} {tuple(batch[name].shape)}" for name in self.examples.inputs)
-        what = f"model {self.model.source} does not fit the data ({shapes})"
+        what = f"model {self.model.source} does not fit the data ({shapes}){when}"
         try:
             outputs = outputs_of(model, batch, self.examples.inputs)
         except SparsifyError:
@@ -317,7 +331,7 @@ class Subject:
             said = first_line(error)
             if menu.entry("models", self.model.source).RUNS_USER_CODE:
                 said = usercode.one_line(self.model.params.path, error)  # type: ignore[attr-defined]
-            raise ModelError(f"{what}: {said}; change model.params or data.params") from error
+            raise ModelError(f"{what}: {said}; {_advice(model)}") from error
         count = len(batch[self.examples.inputs[0]])
         check_outputs(outputs, count, f"model {self.model.source}")
         return outputs
@@ -338,6 +352,17 @@ class TrustedSubject(Subject):
     """The same where the user trusts the recipe's files."""
 
     trusted: ClassVar[bool] = True
+
+
+def _advice(model: nn.Module) -> str:
+    """What to do about a network that fails on the data."""
+    import torch
+
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    if not kinds:
+        return "change model.params or data.params"
+    named = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+    return f"its weights are {named}, and float32 is needed: call .float() on it (training.precision is for speed)"
 
 
 def check_outputs(outputs: Mapping[str, object], count: int, what: str) -> None:

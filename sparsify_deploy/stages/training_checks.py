@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sparsify_deploy.errors import DataError, ModelError, is_out_of_memory
+from sparsify_deploy.errors import DataError, ModelError, SparsifyError, is_out_of_memory
 from sparsify_deploy.stages.subject import Subject, first_line
 from sparsify_deploy.training.image_settings import from_torchvision
 from sparsify_deploy.training.settings import Training
@@ -85,29 +85,37 @@ def mixing(subject: Subject, training: Training, model: nn.Module) -> Mixing | N
 
 
 def _check_mode(subject: Subject, model: nn.Module) -> None:
-    """`ModelError` where the network gives other outputs in training than in evaluation, as auxiliary heads make it."""
+    """`ModelError` where the network fails in training, or has outputs there that the task cannot judge.
+
+    Auxiliary heads give such outputs; in a dict beside `logits` they do no harm.
+    """
     import torch
 
     from sparsify_deploy.training.evaluation import mode
-    from sparsify_deploy.types import outputs_of
 
     batch = subject.example(_MODE_EXAMPLES)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    names = []
+    given = []
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for train in (False, True):
                 with mode(model, train=train):
-                    names.append(tuple(outputs_of(model, batch, subject.examples.inputs)))
+                    given.append(subject.outputs(model, batch, " in train mode" if train else ""))
     finally:
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-    if names[0] != names[1]:
+    evaluated, trained = given
+    if {*evaluated} == {*trained}:
+        return
+    try:
+        with torch.no_grad():
+            subject.opened_task.loss(trained, batch)
+    except (SparsifyError, RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         raise ModelError(
-            f"model {subject.model.source} gives {', '.join(names[1])} in training and {', '.join(names[0])} in "
+            f"model {subject.model.source} gives {', '.join(trained)} in training and {', '.join(evaluated)} in "
             "evaluation: turn off what it adds in training, such as auxiliary heads (model.params.arguments: "
             "{aux_logits: false}), or return the same in both"
-        )
+        ) from error
 
 
 def _check_validation(subject: Subject) -> None:

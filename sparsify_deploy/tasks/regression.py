@@ -58,7 +58,7 @@ class Regression:
         from torch.nn import functional as F
 
         values, target = chosen_output(outputs, self.params.output), target_of(batch)
-        _check(values.shape, target.shape, target.dtype, target.is_floating_point())
+        _check(values, target, target.is_floating_point())
         loss: Tensor = F.mse_loss(values, target.reshape(values.shape).to(values.dtype))
         return loss
 
@@ -67,7 +67,7 @@ class Regression:
         import numpy as np
 
         values, target = chosen_output(outputs, self.params.output), target_of(batch)
-        _check(values.shape, target.shape, target.dtype, bool(np.issubdtype(target.dtype, np.floating)))
+        _check(values, target, bool(np.issubdtype(target.dtype, np.floating)))
         if values.size == 0:
             raise DataError("there are no examples to evaluate")
         error = values.astype(np.float64) - target.reshape(values.shape).astype(np.float64)
@@ -90,11 +90,14 @@ def _explained(error: Any, target: Any) -> float:
     return float(share.mean())
 
 
-def _check(values: tuple[int, ...], target: tuple[int, ...], dtype: Any, real: bool) -> None:
-    values, target = tuple(values), tuple(target)
+def _check(values: Any, given: Any, real: bool) -> None:
+    shape, target = tuple(values.shape), tuple(given.shape)
     # Without this check (N, 1) against (N,) would broadcast to (N, N) and train on nonsense.
-    column = {values, target} == {values[:1], (*values[:1], 1)}
-    if values != target and not column:
-        raise DataError(f"regression needs a target of the output's shape {values}, the data gives {target}")
+    column = {shape, target} == {shape[:1], (*shape[:1], 1)}
+    if shape != target and not column:
+        # a network with several values for one target is a classifier whose labels came as floats
+        labels = len(shape) == 2 and len(target) == 1 and bool((given % 1 == 0).all())
+        hint = ": these targets are whole numbers; class labels have to be saved as integers" if labels else ""
+        raise DataError(f"regression needs a target of the output's shape {shape}, the data gives {target}{hint}")
     if not real:
-        raise DataError(f"regression needs a floating-point target, the data gives {dtype}")
+        raise DataError(f"regression needs a floating-point target, the data gives {given.dtype}")

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from sparsify_deploy.errors import ModelError
-from sparsify_deploy.models._exported import Exported, export, followable
+from sparsify_deploy.models._exported import Exported, Refused, export, followable
 from sparsify_deploy.sparsity.tracing import trace
 
 
@@ -171,9 +171,11 @@ def test_only_what_torch_fx_cannot_follow_takes_this_way(model: nn.Module) -> No
         raise AssertionError("no example is needed")
 
     assert followable(nn.Sequential(nn.Linear(9, 3)), never) is None
-    assert followable(Branches(), given) is None
+    refused = followable(Branches(), given)
+    assert isinstance(refused, Refused)
+    assert refused.reason.startswith("Branches cannot be exported by torch.export: ")
     found = followable(model, given)
-    assert found is not None
+    assert isinstance(found, Exported)
     module = found.over(model)
     (note,) = module.meta["notes"]
     assert note.startswith("Sliced cannot be traced")

@@ -23,7 +23,7 @@ def encoded(values: np.ndarray, kind: str) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("size", [None, 8])
 def test_sixteen_bits_are_the_same_picture_as_eight(kind: str, mode: str, size: int | None) -> None:

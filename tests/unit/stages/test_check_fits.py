@@ -14,6 +14,8 @@ from sparsify_deploy.errors import DataError, ModelError, SparsifyError
 from sparsify_deploy.recipe import Recipe
 from sparsify_deploy.safety import usercode
 from sparsify_deploy.stages.subject import Subject, TrustedSubject
+from sparsify_deploy.stages.training_checks import check_training
+from sparsify_deploy.training.settings import Training
 
 NET = """
 import torch
@@ -137,7 +139,43 @@ def test_a_network_that_cannot_be_traced(subject, tmp_path) -> None:
     made.check_network()
     with pytest.raises(ModelError) as caught:
         made.check_traceable()
-    assert line(caught, tmp_path).startswith("net.py:13: Net cannot be traced: symbolically traced variables")
+    said = line(caught, tmp_path)
+    assert said.startswith("net.py:13: Net cannot be traced: symbolically traced variables")
+    assert "; nor can torch.export follow it: Net cannot be exported by torch.export: " in said
+
+
+def test_outputs_that_training_alone_has(subject, tmp_path) -> None:
+    made = subject(NET.replace("return y", "return (y, y) if self.training else y"))
+    with pytest.raises(ModelError) as caught:
+        check_training(made, Training(steps=1), made.check_network())
+    assert line(caught, tmp_path).startswith(
+        "model file gives output_0, output_1 in training and output in evaluation: turn off what it adds in training"
+    )
+    check_training(made, None, made.check_network())
+
+
+def test_more_outputs_in_training_that_the_task_can_judge(subject) -> None:
+    made = subject(NET.replace("return y", "return {**({'aux': y} if self.training else {}), 'logits': y}"))
+    check_training(made, Training(steps=1), made.check_network())
+
+
+def test_a_forward_that_fails_in_train_mode_alone(subject, tmp_path) -> None:
+    made = subject(NET.replace("return y", "return 1 / 0 if self.training else y"))
+    with pytest.raises(ModelError) as caught:
+        check_training(made, Training(steps=1), made.check_network())
+    assert line(caught, tmp_path).startswith(
+        "model file does not fit the data (input (4, 4)) in train mode: net.py:13: ZeroDivisionError"
+    )
+
+
+def test_a_network_of_half_precision_is_told_what_it_needs(subject, tmp_path) -> None:
+    with pytest.raises(ModelError) as caught:
+        subject(
+            NET + "\ndef half():\n    return Net().half()\n", params={"path": "net.py", "object": "half"}
+        ).check_network()
+    assert line(caught, tmp_path).endswith(
+        "; its weights are float16, and float32 is needed: call .float() on it (training.precision is for speed)"
+    )
 
 
 def test_memory_that_runs_out_is_left_to_the_program(subject) -> None:

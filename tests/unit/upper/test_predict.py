@@ -279,6 +279,33 @@ def test_without_pillow_the_extra_is_named(packed: Make, pictures: list[Path], m
         predict.predict(packed(), pictures, ())
 
 
+def test_one_bad_picture_does_not_cost_the_answers_of_the_others(
+    packed: Make, pictures: list[Path], tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    folder = packed()
+    with pytest.raises(DataError, match=r"bad\.png"):
+        predict.predict(folder, [bad, *pictures], ())
+    found = predict.predict(folder, [pictures[0], bad, *pictures[1:]], (), keep_going=True)
+    assert [answer.example for answer in found.answers] == [str(path) for path in pictures]
+    with pytest.raises(DataError, match=r"bad\.png: the image cannot be decoded"):
+        found.check()
+    predict.predict(folder, pictures, (), keep_going=True).check()
+    with pytest.raises(DataError, match=r"bad\.png"):
+        predict.predict(folder, [bad], (), keep_going=True)
+
+
+def test_the_command_line_answers_what_it_can_and_ends_by_the_code_of_the_rest(
+    packed: Make, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    assert main(["predict", str(packed()), str(tmp_path / "bad.png"), str(pictures[0]), "--json"]) == 5
+    said = capsys.readouterr()
+    assert [answer["example"] for answer in json.loads(said.out)["answers"]] == [str(pictures[0])]
+    assert "bad.png: the image cannot be decoded" in said.err
+
+
 def test_what_an_image_model_does_not_take(packed: Make, pictures: list[Path], tmp_path: Path) -> None:
     folder = packed()
     (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff")

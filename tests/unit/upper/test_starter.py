@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sparsify_deploy import console, recipe_source, starter
-from sparsify_deploy.errors import DataError, UsageError
+from sparsify_deploy.errors import DataError, ModelError, UsageError
 from sparsify_deploy.recipe import Recipe
 from sparsify_deploy.starter import Start
 from sparsify_deploy.workspace import open_run
@@ -150,7 +150,8 @@ def test_set_gives_parameters_of_network_and_data(tmp_path: Path, monkeypatch: p
         ("training.epochs=1", "init takes model.params.KEY=VALUE and data.params.KEY=VALUE"),
         ("data.params.size", "init takes model.params.KEY=VALUE"),
         ("data.params.nope=1", "^init: data.params.nope: unknown key"),
-        ("model.params.width=[1]", "expected one value"),
+        ("model.params.width=[1]", "^init: model.params.width: expected a whole number, found a list"),
+        ("model.params.name.deeper=1", "model.params.name: is .* has no fields: set it as a whole"),
     ],
 )
 def test_set_of_anything_else_is_refused(tmp_path: Path, item: str, said: str) -> None:
@@ -171,6 +172,65 @@ def test_real_targets_make_it_regression(tmp_path: Path, monkeypatch: pytest.Mon
     recipe = recipe_source.load(tmp_path / "r.yaml")
     assert recipe.task.name == "regression"
     assert recipe.gates.max_drop is None
+
+
+def test_set_reaches_into_a_parameter_as_it_does_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\n\ndef build(deep=0, wide=8, name=''):\n"
+        "    assert (deep, wide, name) == (2, 16, 'a b')\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, wide), nn.ReLU(), nn.Linear(wide, 10))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    sets = ["model.params.arguments={deep: 2, wide: 4}", "model.params.arguments.wide=16"]
+    begin(
+        "file:net.py:build",
+        "digits",
+        Path("r.yaml"),
+        trust_code=True,
+        sets=[*sets, "model.params.arguments.name=a b"],
+    )
+    recipe = recipe_source.load(tmp_path / "r.yaml")
+    assert recipe.model.params.model_dump()["arguments"] == {"deep": 2, "wide": 16, "name": "a b"}
+
+
+def test_the_head_gives_commands_that_work_and_notes_say_what_is_odd(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Net(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        self.w = nn.Parameter(torch.zeros(16, 32))\n"
+        "        self.out = nn.Linear(32, 4)\n\n    def forward(self, x):\n        return self.out(x @ self.w)\n"
+    )
+    x, y = np.random.default_rng(0).normal(size=(20, 16)).astype("f4"), np.eye(4, dtype="f4")[np.arange(20) % 4]
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    monkeypatch.chdir(tmp_path)
+    found = begin("file:net.py:Net", "npz:d.npz", Path("r.yaml"), trust_code=True)
+    labels, weights = found.notes
+    assert labels.startswith("data: each target is a row of 4 zeros and ones that sum to 1")
+    assert "y.argmax(1)" in labels
+    assert weights == (
+        "128 of 640 weights are in Conv and Linear layers, which can be projected; outside of them, and never "
+        "projected: w (512)"
+    )
+    text = (tmp_path / "r.yaml").read_text()
+    assert all(f"# {note}\n" in text for note in found.notes)
+    assert "sparsify-deploy run r.yaml --trust-code\n" in text
+    assert begin("builtin:resnet8", "digits", tmp_path / "plain.yaml").notes == ()
+    assert "--trust-code" not in (tmp_path / "plain.yaml").read_text()
+
+
+def test_heads_of_training_alone_are_refused_before_a_recipe_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.out = nn.Linear(64, 10)\n\n    def forward(self, x):\n        y = self.out(x.flatten(1))\n"
+        "        return (y, y) if self.training else y\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="gives output_0, output_1 in training and output in evaluation"):
+        begin("file:net.py:Net", "digits", Path("r.yaml"), trust_code=True)
+    assert not (tmp_path / "r.yaml").exists()
 
 
 def test_the_networks_folder_says_tokenizer_positions_and_size(
