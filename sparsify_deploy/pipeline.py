@@ -83,9 +83,27 @@ class Fingerprints:
                 replaced = [inode for *_, inode in now] != [inode for *_, inode in self._stamps[path]]
                 if now != self._stamps[path] and (replaced or self._known.hash(path) != self._digests[path]):
                     return f"{name}: {path}"
+                self._stamps[path] = now
             except OSError as error:
                 return f"{name}: {path} ({error.strerror or error})"
         return None
+
+    def rewritten(self, step: PlannedStep) -> bool:
+        """Whether a file of a step may have been written to since its digest was taken; no file is read."""
+        for path in step.stage.files().values():
+            try:
+                now = stamp(path)
+            except OSError:
+                return True
+            if [_written(one) for one in now] != [_written(one) for one in self._stamps[path]]:
+                return True
+        return False
+
+
+def _written(one: list[int]) -> tuple[int, int, int]:
+    """Of a file's stamp what no change of its mode or of its links touches."""
+    size, modified, _, inode = one
+    return size, modified, inode
 
 
 def survey(plan: Plan, store: ArtifactStore) -> list[Status]:
@@ -129,8 +147,9 @@ def run(
     """Bring every step up to date, in order.
 
     `again` runs these stages although they are cached, `start` that stage and all after it; what follows a stage runs
-    again only if its input changed. Where such a run was interrupted, the same request goes on. `until` ends after the
-    last step of that stage and the report on it. A failing step is not committed.
+    again only if its input changed. Where such a run was interrupted, the same request goes on; an old result goes when
+    the new one is there. `until` ends after the last step of that stage and the report on it. A failing step is not
+    committed, and starts over where a file that it reads was written to meanwhile.
     """
     order = [step.id for step in plan.steps]
     anew = {identifier for name in again for identifier in selected(plan, name)}
@@ -155,24 +174,28 @@ def run(
                     context.progress.say(loaded.line)
                 checked = True
             why = "asked for" if asked else store.reason(step.id, parts)
-            if asked and not store.begun(step.stage.name, parts):
-                store.discard(step.stage.name, parts)
             if context.stop_requested():
                 raise Interrupted(f"stopped before {step.id}; the same command goes on from here")
             context.progress.say(f"{step.id}: {why}")
             with watch.step(step.id, _batch_size(step)):
                 out, began = store.begin(step.stage.name, parts), clock()
                 inputs = {name: store.check(records[ref.step], ref.output) for name, ref in step.inputs.items()}
-                with explained(out), memory.explained():
-                    check_space(out, needed_bytes(step.stage, inputs, out), step.id)
-                    facts = redacted(step.stage.run(inputs, out, context))
+                try:
+                    with explained(out), memory.explained():
+                        check_space(out, needed_bytes(step.stage, inputs, out), step.id)
+                        facts = redacted(step.stage.run(inputs, out, context))
+                except BaseException:
+                    if prints.rewritten(step):  # its checkpoints may be of other bytes
+                        store.abandon(step.stage.name, parts)
+                    raise
                 if (changed := prints.changed(step)) is not None:
-                    store.discard(step.stage.name, parts)
+                    store.abandon(step.stage.name, parts)
                     raise DataError(
                         f"{changed} was changed while {step.id} worked, which may have read either: what it made is "
                         "deleted; the same command makes it of what is there now"
                     )
-                record = store.commit(step.stage.name, parts, step.stage.outputs, facts, clock() - began)
+                seconds = clock() - began
+                record = store.commit(step.stage.name, parts, step.stage.outputs, facts, seconds, replace=asked)
             if asked:
                 store.note_again(request, made_again := made_again | {digest(parts)})
         ran = bool(why)

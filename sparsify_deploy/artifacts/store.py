@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
@@ -24,6 +24,7 @@ from sparsify_deploy.artifacts.digests import DigestCache
 from sparsify_deploy.artifacts.durable import explained
 from sparsify_deploy.artifacts.fingerprint import canonical, digest, file_digest, files_below
 from sparsify_deploy.artifacts.hashing import algorithm_of, difference
+from sparsify_deploy.artifacts.lock import NAME as LOCK
 from sparsify_deploy.artifacts.lock import locked
 from sparsify_deploy.errors import CorruptArtifact
 from sparsify_deploy.safety import regular
@@ -112,11 +113,19 @@ class ArtifactStore:
         return partial
 
     def commit(
-        self, stage: str, parts: Mapping[str, Json], outputs: Mapping[str, str], measured: Facts, seconds: float
+        self,
+        stage: str,
+        parts: Mapping[str, Json],
+        outputs: Mapping[str, str],
+        measured: Facts,
+        seconds: float,
+        *,
+        replace: bool = False,
     ) -> Record:
         """Make `outputs` (logical name to a file or folder in the folder of `begin`) the result; the rest is deleted.
 
-        Where the same result is already committed, that one stays and this attempt is deleted.
+        Where the same result is already committed, that one stays and this attempt is deleted; with `replace` this one
+        takes its place. After a crash it is one of the two.
         """
         partial, final = self._partial(stage, parts), self._final(stage, parts)
         with explained(self.folder):
@@ -130,17 +139,27 @@ class ArtifactStore:
                 "seconds": round(seconds, 3),
             }
             durable.write_json(partial / MANIFEST, manifest)
+            if replace and os.path.lexists(final):  # the new one is on the disk, and recovery finishes it
+                durable.delete(final)
             self._finish(partial, final)
         self._verified.add(final)
         return _record(final)
 
     def discard(self, stage: str, parts: Mapping[str, Json]) -> None:
         """Forget a result and an attempt at it, so that the stage starts anew."""
+        self.abandon(stage, parts)
+        final = self._final(stage, parts)
         with explained(self.folder):
-            for folder in (self._final(stage, parts), self._partial(stage, parts)):
-                self._verified.discard(folder)
-                if os.path.lexists(folder):
-                    durable.delete(folder)
+            self._verified.discard(final)
+            if os.path.lexists(final):
+                durable.delete(final)
+
+    def abandon(self, stage: str, parts: Mapping[str, Json]) -> None:
+        """Forget an attempt with its checkpoints; a result stays."""
+        partial = self._partial(stage, parts)
+        with explained(self.folder):
+            if os.path.lexists(partial):
+                durable.delete(partial)
 
     def made_again(self, request: Sequence[str]) -> frozenset[str]:
         """The fingerprints of what an interrupted run had made anew when it was asked for just these steps; what is
@@ -245,13 +264,23 @@ class ArtifactStore:
 
 @contextmanager
 def holding(folder: Path, store: ArtifactStore) -> Iterator[None]:
-    """Hold a run directory and its store, always in this order; raises `Locked` where another process has one.
+    """Hold a run directory and its store, the run directory first; raises `Locked` where another process has one.
 
-    A store inside has the one lock for both. Runs that share a store elsewhere have a lock each in their own folders
-    besides, for two of them may be told to use the same.
+    A store inside has the one lock for both. A run whose store lies elsewhere locks the run directory besides, and the
+    store inside where there is one, as a run with that store locks the run directory where one of the former has made
+    a lock. Of two first ones at the same moment each may see the other, and neither works.
     """
-    inside = store.folder.resolve() == (folder / "store").resolve()
-    with nullcontext() if inside else locked(folder), store.lock():
+    inside, own = folder / "store", store.folder.resolve()
+    default = own == inside.resolve()
+    with ExitStack() as held:
+        known = (folder / LOCK).is_file()
+        if own != folder.resolve() and (known or not default):
+            held.enter_context(locked(folder))
+        if not default and (inside / LOCK).is_file():
+            held.enter_context(locked(inside))
+        held.enter_context(store.lock())
+        if default and not known and (folder / LOCK).is_file():  # made since
+            held.enter_context(locked(folder))
         yield
 
 

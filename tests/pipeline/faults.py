@@ -134,7 +134,7 @@ class Faults:
 
 
 def small(run: Path, arguments: list[str]) -> None:
-    """A store with three stages, one of them training by step checkpoints, and what is published from it."""
+    """A store with four stages, one by step checkpoints and one made anew, and what is published from it."""
     import torch
 
     from sparsify_deploy.artifacts import durable
@@ -144,11 +144,19 @@ def small(run: Path, arguments: list[str]) -> None:
 
     store = ArtifactStore(run / "store")
     with store.lock():
-        for name in ("old", "train", "engine"):
+        for name in ("old", "again", "train", "engine"):
             parts = {"stage": name, "settings": {"n": 1}}
             if name == "old":  # a result that is to be made anew
                 if store.find(name, parts) is not None:
                     store.discard(name, parts)
+                continue
+            if name == "again":  # a result that a new one takes the place of, and that is always there from then on
+                known = (run / "store" / "last" / "sparse.again.json").exists()
+                assert not known or store.find(name, parts) is not None
+                for _ in range(2):
+                    (store.begin(name, parts) / "a.bin").write_bytes(b"a" * 300)
+                    store.commit(name, parts, {"a": "a.bin"}, {}, 1.0, replace=True)
+                    store.remember(f"sparse/{name}", parts)
                 continue
             record = store.find(name, parts)
             if record is None:

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 
 from sparsify_deploy.artifacts import durable
 from sparsify_deploy.artifacts.fingerprint import digest
+from sparsify_deploy.artifacts.lock import locked
 from sparsify_deploy.artifacts.store import ArtifactStore, Record, changes, explained, holding
 from sparsify_deploy.errors import CorruptArtifact, Locked, OutOfResources, UsageError
 
@@ -103,6 +106,27 @@ def test_of_two_equal_commits_the_first_stays(tmp_path: Path) -> None:
     assert second == first
     assert second.outputs["weights"].read_text() == "first"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_commit_that_replaces_wins_over_the_same_result(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    committed(store, text="first")
+    out = store.begin("train", PARTS)
+    (out / "weights.bin").write_text("second")
+    record = store.commit("train", PARTS, {"weights": "weights.bin"}, {}, 1.0, replace=True)
+    assert record.outputs["weights"].read_text() == "second"
+    assert ArtifactStore(tmp_path).find("train", PARTS) == record
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_abandoning_forgets_the_attempt_alone(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    record = committed(store)
+    (store.begin("train", PARTS) / "step-1.pt").write_text("1")
+    store.abandon("train", PARTS)
+    store.abandon("train", PARTS)
+    assert not store.begun("train", PARTS)
+    assert store.find("train", PARTS) == record
 
 
 def test_discard_forgets_the_result_and_the_attempt(tmp_path: Path) -> None:
@@ -509,3 +533,39 @@ def test_a_run_directory_is_held_too_where_its_store_lies_elsewhere(tmp_path: Pa
         assert not (inside / ".lock").exists()
     with holding(run, ArtifactStore(tmp_path / "b")):
         assert (run / ".lock").exists()
+
+
+def test_a_run_with_the_store_inside_and_one_with_a_store_elsewhere_hold_one_run_directory(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    inside, elsewhere = ArtifactStore(run / "store"), ArtifactStore(tmp_path / "elsewhere")
+    for _ in range(2):  # with and without the other's lock file there before
+        with holding(run, inside), pytest.raises(Locked, match=r"run(/store)? is in use by"), holding(run, elsewhere):
+            pytest.fail("it was held twice")
+        with holding(run, elsewhere), pytest.raises(Locked, match=r"run is in use by"), holding(run, inside):
+            pytest.fail("it was held twice")
+    with holding(run, inside), holding(tmp_path / "other", elsewhere):
+        pass
+
+
+def test_a_lock_that_is_made_meanwhile_is_seen(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    class Late(ArtifactStore):
+        """Another run takes the run directory just before this one has its store."""
+
+        @contextmanager
+        def lock(self) -> Iterator[None]:
+            with locked(run), super().lock():
+                yield
+
+    with pytest.raises(Locked, match=r"run is in use by"), holding(run, Late(run / "store")):
+        pytest.fail("it was held twice")
+
+
+def test_a_run_directory_may_be_its_own_store_and_a_link(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "link").symlink_to(run)
+    for folder, store in ((run, run), (tmp_path / "link", run), (run, tmp_path / "link"), (run / "store", run)):
+        with holding(folder, ArtifactStore(store)):
+            pass

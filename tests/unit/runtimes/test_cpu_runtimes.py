@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from sparsify_deploy import menu
-from sparsify_deploy.errors import DataError, ModelError, RuntimeUnavailable
+from sparsify_deploy.errors import DataError, ModelError, OutOfResources, RuntimeUnavailable
 
 NAMES = ("openvino", "onnxruntime")
 
@@ -117,6 +117,24 @@ def test_an_unknown_operator_is_one_line(runtime, tmp_path):
         runtime.build(path, engine, runtime.Params())
     assert "\n" not in str(caught.value)
     assert not engine.exists()
+
+
+def test_a_file_that_openvino_has_no_room_for_is_no_fault_of_the_model(tiny_net):
+    resource = pytest.importorskip("resource")
+    openvino = menu.entry("runtimes", "openvino")
+    if reason := openvino.unavailable_reason():
+        pytest.skip(reason)
+    net = tiny_net(1)
+    built(openvino, net.path)
+    engine = net.path.with_name("second.xml")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        with pytest.raises(OutOfResources, match="no file may be that large here"):
+            openvino.build(net.path, engine, openvino.Params())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [*net.path.parent.glob("*second*"), *net.path.parent.glob(".openvino-*")]
 
 
 def test_several_outputs_keep_their_names(runtime, tmp_path):

@@ -265,9 +265,27 @@ def test_what_an_interrupted_again_made_is_nothing_to_another_request(line: Line
         line.run(start="x/b")
     TROUBLE.clear()
     line.run()
-    assert ran() == ["c"]
+    assert ran() == [], "the old result is there until a new one is"
     line.run(start="x/b")
     assert ran() == ["b", "c"]
+
+
+def test_an_old_result_goes_when_the_new_one_is_there(line: Line) -> None:
+    old = line.run()[1].record
+    TROUBLE["b"] = DataError("bad data")
+    with pytest.raises(DataError, match="bad data"):
+        line.run(again=["b"])
+    assert old.outputs["text"].read_text() == "a b"
+    old.outputs["text"].write_text("damaged")
+    TROUBLE.clear()
+    before = old.outputs["text"].stat().st_ino
+    (_, again, _) = line.run(again=["b"])
+    assert again.ran
+    assert (again.record.outputs["text"].read_text(), again.record.outputs["text"].stat().st_ino != before) == (
+        "a b",
+        True,
+    )
+    assert line.folders(".partial") == []
 
 
 def test_from_runs_that_step_and_all_after_it_even_unchanged(line: Line) -> None:
@@ -447,6 +465,42 @@ def test_a_file_that_changes_while_a_stage_works_is_not_what_it_was_made_from(ho
     with pytest.raises(DataError, match=r"file: \S+data.* was changed while x/a worked"):
         Line(tmp_path, {"x/a": Reads("a", file=data)}).run()
     assert not list((tmp_path / "store").glob("say-*"))
+
+
+@pytest.mark.parametrize("how", ["put back", "chmod"])
+def test_an_interrupted_attempt_goes_on_unless_a_file_was_written_to_meanwhile(how: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.write_text("one")
+
+    @dataclass(frozen=True)
+    class Stopped(Say):
+        def run(self, inputs: Mapping[str, Path], out: Path, context: Context) -> Facts:
+            (out / "checkpoint").write_text(data.read_text())
+            data.chmod(0o600)
+            if how == "put back":
+                data.write_text("two")
+            raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted, match="stopped"):
+        Line(tmp_path, {"x/a": Stopped("a", file=data)}).run()
+    data.write_text("one")
+    assert [p.name for p in (tmp_path / "store").glob("say-*/checkpoint")] == ["checkpoint"] * (how == "chmod")
+
+
+def test_a_file_that_changes_under_again_costs_no_result_that_was_there(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.write_text("one")
+    line = Line(tmp_path, {"x/a": Say("a", file=data)})
+    line.run()
+
+    class Writes(Silent):
+        def say(self, message: str) -> None:
+            data.write_text("two")
+
+    with pytest.raises(DataError, match="was changed while x/a worked"):
+        line.run(Context(progress=Writes()), again=["a"])
+    data.write_text("one")
+    assert line.why() == {"x/a": ("cached", "")}
 
 
 def test_a_file_that_is_only_touched_while_a_stage_works_is_the_same(tmp_path: Path) -> None:
