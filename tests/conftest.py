@@ -25,14 +25,17 @@ def _state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _hangups_are_heard() -> Iterator[None]:
-    """Under nohup SIGHUP is ignored, here and in all that tests start, and what they test of it would wait for ever."""
-    was = signal.getsignal(signal.SIGHUP)
-    if was == signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def _signals_are_heard() -> Iterator[None]:
+    """Under nohup SIGHUP is ignored, and SIGINT where a script runs the tests in the background, here and in all that
+    tests start: what they test of those would wait for ever.
+    """
+    heard = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    ignored = [number for number in heard if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, heard[number])
     yield
-    if was == signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, was)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="session")

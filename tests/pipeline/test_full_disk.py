@@ -165,10 +165,10 @@ def needed(stage, inputs, out):
     found.append([stage.name, real_needed(stage, inputs, out), 0])
     return found[-1][1]
 
-def commit(self, *rest):
+def commit(self, *rest, **named):
     found[-1][2] = max(peak[0], sum(p.stat().st_size for p in busy[0].rglob("*") if p.is_file()))
     busy[0] = None
-    return real_commit(self, *rest)
+    return real_commit(self, *rest, **named)
 
 pipeline.needed_bytes, pipeline.ArtifactStore.commit = needed, commit
 threading.Thread(target=watch, daemon=True).start()
