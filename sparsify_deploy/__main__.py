@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import os
 import signal
 import sys
@@ -23,6 +25,9 @@ from sparsify_deploy.errors import (
 _LIGHT = frozenset({"--help", "--version", "version", "list", "validate"})
 """What needs no supervision, and answers before that is imported."""
 
+_OBJECTS_OF_A_START = 200_000
+"""More than a light verb makes, and fewer than torch does."""
+
 _UNREADABLE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.EROFS, errno.ESTALE}
 """Of a path: no bug of this program, whoever asks about it first."""
 
@@ -37,13 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is not None:
         return _called(list(argv))
-    ours = [
-        number
-        for number in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) == signal.SIG_DFL  # what the caller has us ignore stays so
-    ]
-    for number in ours:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    ours = [number for number, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
+    for number in ours:  # what the caller has us ignore stays so
         signal.signal(number, _stop)
+    _collect_late()
     try:
         from sparsify_deploy.process import streams
 
@@ -56,13 +59,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         for number in ours:
             if signal.getsignal(number) == _stop:
-                signal.signal(number, signal.SIG_DFL)
+                signal.signal(number, before[number])
+
+
+def _collect_late() -> None:
+    """Modules and recipes make many objects, all of which stay: the first collection of garbage waits until they are
+    made, the last one, at the end of the program, leaves them to go with the process. The others come as usual.
+
+    That is a tenth of the time of a run with nothing to do, and more of that of the lightest verbs.
+    """
+    atexit.register(gc.freeze)
+    usual = gc.get_threshold()
+
+    def first(phase: str, info: dict[str, int]) -> None:
+        gc.callbacks.remove(first)
+        gc.set_threshold(*usual)
+
+    gc.callbacks.append(first)
+    gc.set_threshold(_OBJECTS_OF_A_START)
 
 
 _STOPPED = "interrupted; what is finished is kept, the same command goes on"
 
+_stopped = False
+"""Whether a signal asked this program to end: an error after that is of its making, where a library swallowed it."""
+
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    global _stopped  # noqa: PLW0603 signals are the process's, and so is this
+    _stopped = True
     raise KeyboardInterrupt
 
 
@@ -107,6 +132,8 @@ def _code(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail([_STOPPED], Interrupted.exit_code)
     except Exception as error:
+        if _stopped:
+            return _fail([_STOPPED], Interrupted.exit_code)
         if (known := _known(error)) is not None:
             return _fail(*known)
         if "--traceback" in arguments:

@@ -15,7 +15,7 @@ from sparsify_deploy.artifacts.store import ArtifactStore, Record, explained
 from sparsify_deploy.errors import DataError, EnvironmentProblem, Interrupted, UsageError
 from sparsify_deploy.menu import did_you_mean
 from sparsify_deploy.plan import Plan, PlannedStep
-from sparsify_deploy.process import memory, watch
+from sparsify_deploy.process import interrupt, memory, watch
 from sparsify_deploy.safety.redaction import redacted
 from sparsify_deploy.stages.space import needed_bytes
 from sparsify_deploy.types import Context, Json
@@ -184,6 +184,7 @@ def run(
                     with explained(out), memory.explained():
                         check_space(out, needed_bytes(step.stage, inputs, out), step.id)
                         facts = redacted(step.stage.run(inputs, out, context))
+                    interrupt.check()
                 except BaseException:
                     if prints.rewritten(step):  # its checkpoints may be of other bytes
                         store.abandon(step.stage.name, parts)

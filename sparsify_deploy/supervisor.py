@@ -193,6 +193,8 @@ def _by_signal(end: End, doing: watch.Doing) -> tuple[int, str]:
 
 
 def _crash(end: End, doing: watch.Doing, how: str) -> tuple[int, str]:
+    if end.sent:  # an exception in the middle of native code, of torch's import for one, ends in abort()
+        return Interrupted.exit_code, f"interrupted, then {how}; {_RESUME}"
     place, peak = memory.place(doing), memory.peak(end.peak_bytes)
     if memory.told_of(end.words):
         return OutOfResources.exit_code, f"out of memory{place}; {peak}; {how}: {memory.advice(doing)}{_said(end)}"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 BY_CONTENT = "<by content>"
 """Stands for a path: what is read from it enters a fingerprint by its digest, not by where it lies."""
 
+_PLAIN = frozenset({type(None), bool, int, str})
 _WORTH_A_THREAD_BYTES = 8 << 20
 
 
@@ -32,8 +33,12 @@ def canonical(obj: object) -> Json:
     Dataclasses, pydantic models and mappings become dicts, tuples and lists become lists, a path becomes `BY_CONTENT`.
     Raises `TypeError` for any other type and `ValueError` for NaN and infinities.
     """
-    if obj is None or isinstance(obj, (bool, str, int, float, PurePath)):
+    if type(obj) in _PLAIN:
+        return obj
+    if isinstance(obj, (str, int, float, PurePath)):
         return _scalar(obj)
+    if isinstance(obj, (tuple, list)):
+        return [canonical(item) for item in obj]
     if isinstance(obj, BaseModel):
         return {name: canonical(getattr(obj, name)) for name in type(obj).model_fields}
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
@@ -42,14 +47,10 @@ def canonical(obj: object) -> Json:
         if wrong := [key for key in obj if not isinstance(key, str)]:
             raise TypeError(f"key {wrong[0]!r} is not text, so its mapping has no canonical form")
         return {str(key): canonical(obj[key]) for key in sorted(obj)}
-    if isinstance(obj, (tuple, list)):
-        return [canonical(item) for item in obj]
     raise TypeError(f"{type(obj).__module__}.{type(obj).__qualname__} has no canonical form")
 
 
-def _scalar(obj: bool | str | int | float | PurePath | None) -> Json:
-    if obj is None or isinstance(obj, bool):
-        return obj
+def _scalar(obj: str | int | float | PurePath) -> Json:
     if isinstance(obj, PurePath):
         return BY_CONTENT
     if isinstance(obj, float) and not math.isfinite(obj):

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -399,6 +398,8 @@ def _record(final: Path) -> Record:
 
 def _sealed(digests: DigestCache, partial: Path, outputs: Mapping[str, str]) -> dict[str, dict[str, Json]]:
     """Bring the outputs to the disk, folders with all that is in them, and hash them meanwhile."""
+    from concurrent.futures import ThreadPoolExecutor
+
     paths = {name: partial / _inside(file) for name, file in outputs.items()}
     files = {name: [p / i for i in files_below(p)] if p.is_dir() else [p] for name, p in paths.items()}
     flat = list(dict.fromkeys(one for each in files.values() for one in each))

@@ -47,7 +47,7 @@ def load(path: Path) -> dict[str, Gpu]:
     try:
         # Lax about int for float and list for tuple alone, as JSON has them.
         rows = TypeAdapter(dict[str, dict[str, object]]).validate_json(regular.read(path))
-        found = {name: TypeAdapter(Gpu).validate_python({**row, "name": name}) for name, row in rows.items()}
+        found = TypeAdapter(dict[str, Gpu]).validate_python({name: row | {"name": name} for name, row in rows.items()})
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValidationError as error:

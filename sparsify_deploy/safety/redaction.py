@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, TypeVar
 from urllib.parse import quote, quote_plus
 
@@ -35,37 +36,12 @@ _IN_QUERY = (
     r"|x-amz-security-token|x-goog-signature|x-goog-credential)"
 )
 _KEPT = r"\g<kept>" + HIDDEN
-_FORMS: tuple[tuple[re.Pattern[str], str], ...] = (
-    # scheme://user:password@host, then https://token@host
-    (re.compile(r"(?P<kept>[a-z0-9+.-]://)[^\s/?#\"'<>:]*:[^\s/?#\"'<>]+(?=@)", re.IGNORECASE), _KEPT),
-    (re.compile(r"(?P<kept>https?://)[^\s/?#\"'<>:@]{8,}(?=@)", re.IGNORECASE), _KEPT),
-    (re.compile(rf"(?P<kept>[?&]{_IN_QUERY}=)[^\s&#\"'<>]+", re.IGNORECASE), _KEPT),
-    (re.compile(r"(?P<kept>authorization[\"']?\s?[:=]\s?[\"']?(?:\w{1,20} )?)[^\s\"']{4,}", re.IGNORECASE), _KEPT),
-    (re.compile(r"(?P<kept>\bbearer )[A-Za-z0-9._~+/=-]{16,}", re.IGNORECASE), _KEPT),
-    (re.compile(rf"(?P<kept>{_CALLED}=[\"']?)[^\s\"'&,;]{{4,}}", re.IGNORECASE), _KEPT),
-    (re.compile(rf"(?P<kept>{_CALLED}[\"']\s?:\s?[\"'])[^\"']{{4,}}", re.IGNORECASE), _KEPT),
-    (
-        re.compile(
-            r"\b(?:hf_[A-Za-z0-9]{16,}"  # Hugging Face
-            r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}"  # GitHub
-            r"|glpat-[A-Za-z0-9_-]{16,}"  # GitLab
-            r"|(?:AKIA|ASIA)[A-Z0-9]{16}"  # AWS, the name of a key
-            r"|xox[abprs]-[A-Za-z0-9-]{10,}"  # Slack
-            r"|sk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{20,}"  # several makers of hosted models
-            r"|nvapi-[A-Za-z0-9_-]{20,}"  # NVIDIA
-            r"|AIza[A-Za-z0-9_-]{30,}"  # Google
-            r"|eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,})"  # a signed JSON token
-        ),
-        HIDDEN,
-    ),
-    (re.compile(r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----.*?(?:-----END|\Z)", re.DOTALL), HIDDEN),
-)
 _MARK = re.compile(
     r"://|[?&][a-z_-]+=|authorization|bearer |pass|secret|key|token|hf_|gh[pousr]_|github_pat_|glpat-|akia|asia|xox"
     r"|sk-|nvapi-|aiza|eyj",
     re.IGNORECASE,
 )
-"""Every text that one of `_FORMS` changes holds one of these: most texts hold none, and need no closer look."""
+"""Every text that `_forms` changes holds one of these: most texts hold none, and need no closer look."""
 _KEY = re.compile(_CALLED + "$", re.IGNORECASE)
 
 
@@ -85,10 +61,15 @@ def secrets(environment: Mapping[str, str]) -> list[str]:
     found = {
         form
         for name, value in environment.items()
-        if _NAMES.search(name) and len(value.strip()) >= _SHORTEST and not value.startswith(("/", "./", "~"))
+        if _is_secret(name) and len(value.strip()) >= _SHORTEST and not value.startswith(("/", "./", "~"))
         for form in _written(value.strip())
     }
     return sorted(found, key=lambda value: (-len(value), value))
+
+
+@cache
+def _is_secret(name: str) -> bool:
+    return _NAMES.search(name) is not None
 
 
 def _written(value: str) -> tuple[str, ...]:
@@ -106,12 +87,41 @@ def redacted(value: T) -> T:
     return found
 
 
+@cache
+def _forms() -> tuple[tuple[re.Pattern[str], str], ...]:
+    return (
+        # scheme://user:password@host, then https://token@host
+        (re.compile(r"(?P<kept>[a-z0-9+.-]://)[^\s/?#\"'<>:]*:[^\s/?#\"'<>]+(?=@)", re.IGNORECASE), _KEPT),
+        (re.compile(r"(?P<kept>https?://)[^\s/?#\"'<>:@]{8,}(?=@)", re.IGNORECASE), _KEPT),
+        (re.compile(rf"(?P<kept>[?&]{_IN_QUERY}=)[^\s&#\"'<>]+", re.IGNORECASE), _KEPT),
+        (re.compile(r"(?P<kept>authorization[\"']?\s?[:=]\s?[\"']?(?:\w{1,20} )?)[^\s\"']{4,}", re.IGNORECASE), _KEPT),
+        (re.compile(r"(?P<kept>\bbearer )[A-Za-z0-9._~+/=-]{16,}", re.IGNORECASE), _KEPT),
+        (re.compile(rf"(?P<kept>{_CALLED}=[\"']?)[^\s\"'&,;]{{4,}}", re.IGNORECASE), _KEPT),
+        (re.compile(rf"(?P<kept>{_CALLED}[\"']\s?:\s?[\"'])[^\"']{{4,}}", re.IGNORECASE), _KEPT),
+        (
+            re.compile(
+                r"\b(?:hf_[A-Za-z0-9]{16,}"  # Hugging Face
+                r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}"  # GitHub
+                r"|glpat-[A-Za-z0-9_-]{16,}"  # GitLab
+                r"|(?:AKIA|ASIA)[A-Z0-9]{16}"  # AWS, the name of a key
+                r"|xox[abprs]-[A-Za-z0-9-]{10,}"  # Slack
+                r"|sk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{20,}"  # several makers of hosted models
+                r"|nvapi-[A-Za-z0-9_-]{20,}"  # NVIDIA
+                r"|AIza[A-Za-z0-9_-]{30,}"  # Google
+                r"|eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,})"  # a signed JSON token
+            ),
+            HIDDEN,
+        ),
+        (re.compile(r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----.*?(?:-----END|\Z)", re.DOTALL), HIDDEN),
+    )
+
+
 def _without(text: str, values: Sequence[str]) -> str:
     for value in values:
         if value in text:
             text = text.replace(value, HIDDEN)
     if _MARK.search(text):
-        for form, replacement in _FORMS:
+        for form, replacement in _forms():
             text = form.sub(replacement, text)
     return text
 
@@ -119,6 +129,8 @@ def _without(text: str, values: Sequence[str]) -> str:
 def _walked(value: Any, values: Sequence[str]) -> Any:
     if isinstance(value, str):
         return _without(value, values)
+    if value is None or isinstance(value, (int, float)):
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
         changed = {name: new for name, old in fields.items() if (new := _walked(old, values)) != old}

@@ -9,7 +9,6 @@ from pathlib import Path
 from sparsify_deploy import menu
 from sparsify_deploy.artifacts.fingerprint import file_digest
 from sparsify_deploy.errors import DataError
-from sparsify_deploy.models._pickled import objects_in
 from sparsify_deploy.recipe import CalibrationData, Data, Model, Recipe, TaskSection
 from sparsify_deploy.safety import usercode
 
@@ -65,7 +64,11 @@ def _files(recipe: Recipe) -> Iterator[UserCode]:
                 yield UserCode(f"{name}.{section.KEY} {chosen}", path, "is executed")
     teacher = recipe.distillation.teacher if recipe.distillation is not None else None
     for name, checkpoint in (("model.checkpoint", recipe.model.checkpoint), ("distillation.teacher", teacher)):
-        if checkpoint is not None and (objects := objects_in(checkpoint)):
+        if checkpoint is None:
+            continue
+        from sparsify_deploy.models._pickled import objects_in
+
+        if objects := objects_in(checkpoint):
             more = ", ..." if len(objects) > _NAMED else ""
             yield UserCode(
                 name, checkpoint, f"is unpickled with objects besides tensors: {', '.join(objects[:_NAMED])}{more}"

@@ -93,6 +93,51 @@ except Interrupted:
     assert child(program) == (0, ["still here", "ended"])
 
 
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize(
+    ("then", "said"),
+    [
+        ("raise AttributeError('half imported')", "stopped in sparse/train; "),
+        ("check(); print('not here')", "stopped in sparse/train; "),
+        ("with at_safe_points(): print('not here')", "stopped in sparse/train; "),
+        ("raise Interrupted('stopped at step 3')", "stopped at step 3"),
+        ("print('done')", "done"),
+    ],
+)
+def test_an_end_that_a_library_swallows_comes_with_the_next_error_or_look(number: str, then: str, said: str) -> None:
+    program = f"""
+from sparsify_deploy.process import watch
+from sparsify_deploy.process.interrupt import check
+from sparsify_deploy.errors import Interrupted
+try:
+    with stoppable(), watch.step("sparse/train"):
+        try:
+            send(signal.{number})
+        except BaseException:
+            pass
+        {then}
+except Interrupted as error:
+    print(error)
+check()
+"""
+    code, lines = child(program)
+    assert code == 0
+    assert len(lines) == 1
+    assert lines[0].startswith(said)
+
+
+def test_an_error_after_a_signal_that_only_asked_is_itself() -> None:
+    program = """
+try:
+    with stoppable(), at_safe_points():
+        send(signal.SIGTERM)
+        raise OSError("the disk is full")
+except OSError as error:
+    print(error)
+"""
+    assert child(program) == (0, ["the disk is full"])
+
+
 def test_a_signal_after_a_race_in_openvino_still_asks_to_stop(tmp_path: Path) -> None:
     program = """
 import sys

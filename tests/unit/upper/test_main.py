@@ -283,6 +283,33 @@ def test_a_signal_ends_a_light_verb_by_75_too(number: int) -> None:
     assert err == "sparsify-deploy: interrupted; what is finished is kept, the same command goes on\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_a_library_swallows_is_no_bug_of_ours(number: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWS, "list", str(int(number))],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (75, ""), done.stderr
+    assert done.stderr == "sparsify-deploy: interrupted; what is finished is kept, the same command goes on\n"
+
+
+SWALLOWS = """\
+import contextlib, os, sys
+from sparsify_deploy import __main__, cli
+
+def listed(arguments):
+    with contextlib.suppress(BaseException):
+        os.kill(os.getpid(), int(sys.argv[2]))
+    raise AttributeError("module 'numpy' has no attribute 'matrix'")
+
+cli.call = listed
+sys.exit(__main__.main())
+"""
+
+
 SLEEPS = """\
 import sys, time
 from sparsify_deploy import __main__, cli
@@ -401,3 +428,28 @@ def test_a_stdout_that_the_caller_closed_is_no_error() -> None:
     command = ["sh", "-c", '"$0" -m sparsify_deploy list --json >&-', sys.executable]
     done = subprocess.run(command, stderr=subprocess.PIPE, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+COLLECTS = """\
+import gc, sys
+from sparsify_deploy import __main__, cli
+
+def listed(arguments):
+    seen = [gc.get_threshold()[0]]
+    kept = [[] for _ in range(50_000)]
+    seen.append(sum(each["collections"] for each in gc.get_stats()) - before)
+    kept += [[] for _ in range(300_000)]
+    print(seen, gc.isenabled(), gc.get_threshold() == usual, gc.callbacks)
+    return 0
+
+gc.collect()
+usual, before = gc.get_threshold(), sum(each["collections"] for each in gc.get_stats())
+cli.call = listed
+sys.exit(__main__.main())
+"""
+
+
+def test_garbage_is_collected_as_usual_once_a_verb_makes_more_than_a_light_one_does() -> None:
+    command = [sys.executable, "-c", COLLECTS, "list"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "[200000, 0] True True []\n"), done.stderr

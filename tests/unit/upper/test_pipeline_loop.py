@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from sparsify_deploy.artifacts.store import ArtifactStore
 from sparsify_deploy.errors import CorruptArtifact, DataError, EnvironmentProblem, Interrupted, UsageError
 from sparsify_deploy.pipeline import Outcome, survey
 from sparsify_deploy.plan import Plan, PlannedStep, Ref
+from sparsify_deploy.process.interrupt import stoppable
 from sparsify_deploy.stages.base import Estimate, Stage
 from sparsify_deploy.types import Context, Facts, Silent
 
@@ -406,6 +408,26 @@ def test_a_request_to_stop_ends_the_run_between_two_steps(line: Line) -> None:
     assert line.folders(".partial") == []
     line.run()
     assert ran() == ["b", "c"]
+
+
+def test_what_a_stage_made_after_a_library_swallowed_a_signal_is_not_kept(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swallowing(self: Say, inputs: Mapping[str, Path], out: Path, context: Context) -> Facts:
+        LOG.append(f"run {self.word}")
+        with pytest.raises(KeyboardInterrupt):
+            signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)  # type: ignore[operator, misc, arg-type]
+        (out / "text.txt").write_text("what comes of it")
+        return {}
+
+    monkeypatch.setattr(Say, "run", swallowing)
+    with pytest.raises(Interrupted, match="stopped in x/a; "), stoppable():
+        line.run()
+    monkeypatch.undo()
+    assert ran() == ["a"]
+    assert line.folders() == []
+    line.run()
+    assert ran() == ["a", "b", "c"]
 
 
 def test_a_request_to_stop_does_not_matter_where_all_is_cached(line: Line) -> None:

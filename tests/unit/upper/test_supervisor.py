@@ -449,3 +449,11 @@ def test_no_thread_is_lack_of_memory_only_where_that_is_limited() -> None:
 def test_what_was_done_before_the_crash_counts() -> None:
     assert verdict(end(int(signal.SIGSEGV)), Doing(exit_code=0)) == (0, "")
     assert verdict(end(int(signal.SIGTERM)), Doing())[0] == 75
+    asked = frozenset({signal.SIGINT})
+    for status, how in (
+        (int(signal.SIGABRT), "the process crashed (SIGABRT)"),
+        (256, "the process ended with exit code 1"),
+    ):
+        code, line = verdict(end(status, "terminate called", asked), Doing(step="sparse/train"))
+        assert (code, line.startswith(f"interrupted, then {how}")) == (75, True)
+    assert verdict(end(int(signal.SIGKILL), sent=asked), Doing())[0] == 7
