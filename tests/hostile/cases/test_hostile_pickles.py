@@ -312,11 +312,11 @@ def test_the_payload_works(scene) -> None:
 
 def test_what_was_not_shown_is_not_unpickled(scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """--trust-code is for the files it names: a checkpoint in which no objects were seen is read as data."""
-    from sparsify_deploy.stages import trust
+    from sparsify_deploy.models import _pickled
 
     scene.write("own.py", "task = 3\n")
     scene.write("w.pt", zipped(scene))
-    monkeypatch.setattr(trust, "objects_in", lambda path: ())
+    monkeypatch.setattr(_pickled, "objects_in", lambda path: ())
     model = "{source: builtin, params: {name: resnet8, in_channels: 1}, checkpoint: w.pt}"
     path = scene.recipe(model=model, task="{}")
     ended = scene.cli("run", path, "--trust-code", "--quiet")
