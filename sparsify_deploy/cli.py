@@ -176,6 +176,12 @@ def init(
             "digits",
         ),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE:NAME", help="other than the targets suggest: file:task.py:Task, classification, regression"
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="the recipe")] = Path("recipe.yaml"),
     checkpoint: Annotated[Path | None, typer.Option(help="trained weights: .safetensors, or a .pt of tensors")] = None,
     sets: Annotated[
@@ -192,7 +198,14 @@ def init(
     from sparsify_deploy import starter
 
     found = starter.start(
-        model, data, output, checkpoint=checkpoint, trust_code=trust_code, force=force, sets=sets or ()
+        model,
+        data,
+        output,
+        checkpoint=checkpoint,
+        trust_code=trust_code,
+        force=force,
+        sets=sets or (),
+        task=task,
     )
     console.started(found, as_json=as_json)
 

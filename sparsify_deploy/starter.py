@@ -62,10 +62,12 @@ def start(
     trust_code: bool,
     force: bool,
     sets: Sequence[str] = (),
+    task: str | None = None,
 ) -> Start:
     """Write a recipe for `model` (`timm:resnet50`, `file:net.py:build`) on `data` (`folder:/data`, `digits`).
 
-    A model `onnx:FILE` is taken as it is, and may come without data. `sets` are further parameters of the two, such as
+    A model `onnx:FILE` is taken as it is, and may come without data. `task` is another than the one that the targets
+    suggest, such as `file:task.py:Task`. `sets` are further parameters of the two, such as
     `data.params.test_fraction=0.2`. Opens the data and builds the network to choose
     classes, batch, learning rates and epochs. Raises UsageError for a text that names no source, for a file that exists
     unless `force`, and where Python files would run without `trust_code`; what is wrong with network or data as `run`
@@ -78,38 +80,42 @@ def start(
     if not output.absolute().parent.is_dir():
         raise UsageError(f"-o {output}: the folder {output.absolute().parent} does not exist")
     network = _with_sets("model", "models", _parsed("model", "models", model, output), sets, output)
+    told = _parsed("task", "tasks", task, output) if task is not None else None
     if network.source == "onnx":
         if checkpoint is not None:
             raise UsageError("--checkpoint: is loaded into a torch network, and an ONNX file has none: leave it out")
         given = (
             _with_sets("data", "datasets", _parsed("data", "datasets", data, output), sets, output) if data else None
         )
-        return _start_given(network, given, output, trust_code)
+        if given is None and told is not None:
+            raise UsageError(f"--task {task}: measures answers to examples: give --data too")
+        return _start_given(network, given, told, output, trust_code)
     if data is None:
         raise UsageError(f"--data: is needed for --model {model}; only an ONNX file can do without")
     examples = _with_sets("data", "datasets", _parsed("data", "datasets", data, output), sets, output)
     examples = _beside_network(examples, network, output)
     weights = _beside(checkpoint, output) if checkpoint is not None else None
-    subject = _opened(_text(output, network, examples, weights, _Chosen()), output, trust_code)
+    subject = _opened(_text(output, network, examples, weights, _Chosen(task=told)), output, trust_code)
     found = subject.examples
     network = _Source(network.source, {**network.params, **_fitting(network, subject)})
-    size, task = len(found.split("train")), "regression" if _of_values(subject) else "classification"
-    first = _text(output, network, examples, weights, _Chosen(size=size, task=task))
+    size, chosen = len(found.split("train")), told or (_Source("regression", {}) if _of_values(subject) else None)
+    first = _text(output, network, examples, weights, _Chosen(size=size, task=chosen))
     subject = _opened(first, output, trust_code)
     examples = _scaled(examples, subject)
     check_training(subject, Training(steps=1), subject.check_network())
     notes = (*subject.label_notes, *([line] if (line := reach(subject).line) else []))
     normed = any(type(part).__name__ == "LayerNorm" for part in subject.check_traceable().modules())
     layers = forecast_layers(subject, None)
-    text = _text(output, network, examples, weights, _Chosen(size, layers, normed, task, notes))
+    text = _text(output, network, examples, weights, _Chosen(size, layers, normed, chosen, notes))
     _opened(text, output, trust_code)
     _written(output, text)
-    return Start(output, layers, size, bool(_flag(network, examples)), notes)
+    return Start(output, layers, size, bool(_flag(network, examples, told)), notes)
 
 
-def _flag(network: _Source, data: _Source | None) -> str:
+def _flag(network: _Source, data: _Source | None, task: _Source | None) -> str:
     """What a command needs besides the recipe where that names code of the user's."""
-    entries = [menu.entry("models", network.source), *([menu.entry("datasets", data.source)] if data else [])]
+    chosen = {"models": network, "datasets": data, "tasks": task}
+    entries = [menu.entry(kind, each.source) for kind, each in chosen.items() if each is not None]
     return " --trust-code" if any(entry.RUNS_USER_CODE for entry in entries) else ""
 
 
@@ -117,13 +123,13 @@ def _written(output: Path, text: str) -> None:
     durable.write_text(output, text)
 
 
-def _start_given(network: _Source, data: _Source | None, output: Path, trust_code: bool) -> Start:
+def _start_given(network: _Source, data: _Source | None, task: _Source | None, output: Path, trust_code: bool) -> Start:
     """A recipe for the deploy half alone, after a look into the file and the data."""
     from sparsify_deploy.graph import file
     from sparsify_deploy.graph.layers import weight_layers
     from sparsify_deploy.reporting.layer_verdict import file_part
 
-    subject = _opened(_given_text(output, network, data, "", (1,)), output, trust_code)
+    subject = _opened(_given_text(output, network, data, task), output, trust_code)
     assert isinstance(subject, Given)
     found = file_part(weight_layers(file.load(subject.path)))
     layers = tuple(LayerForecast(row.name, row.shape, row.usable, row.reason) for row in found)
@@ -132,13 +138,21 @@ def _start_given(network: _Source, data: _Source | None, output: Path, trust_cod
     precisions = " and ".join(sorted({row.precision for row in found})) or "no"
     about = f"# {precisions} weights; {held} of {len(found)} layers hold 2:4."
     sizes = (subject.fixed_batch,) if subject.fixed_batch is not None else (1, 32)
-    _written(output, _given_text(output, network, data, about, sizes))
+    _written(output, _given_text(output, network, data, task, about=about, sizes=sizes))
     size = len(subject.examples.split("train")) if data is not None else 0
-    return Start(output, layers, size, bool(_flag(network, data)))
+    return Start(output, layers, size, bool(_flag(network, data, task)))
 
 
-def _given_text(output: Path, network: _Source, data: _Source | None, about: str, sizes: Sequence[int]) -> str:
-    flag = _flag(network, data)
+def _given_text(
+    output: Path,
+    network: _Source,
+    data: _Source | None,
+    task: _Source | None,
+    *,
+    about: str = "",
+    sizes: Sequence[int] = (1,),
+) -> str:
+    flag = _flag(network, data, task)
     lines = [
         "# An ONNX file as it is: built, raced against variants of itself, judged. Nothing is trained.",
         "#",
@@ -154,6 +168,7 @@ def _given_text(output: Path, network: _Source, data: _Source | None, about: str
         *(["data:", f"  source: {data.source}"] if data else ["# No data: inputs are drawn and no accuracy is known."]),
         *([f"  params: {_flow(data.params)}"] if data and data.params else []),
         "",
+        *([_task(task), ""] if task is not None else []),
         "deploy:",
         *(f"  - runtime: {name}" for name in _runtimes()),
         "",
@@ -312,7 +327,8 @@ class _Chosen:
     size: int = 0
     layers: Sequence[LayerForecast] = ()
     normed: bool = False
-    task: str = "classification"
+    task: _Source | None = None
+    """None: classification, which a recipe need not say."""
     notes: Sequence[str] = ()
 
 
@@ -326,7 +342,8 @@ def _text(output: Path, network: _Source, data: _Source, checkpoint: str | None,
     else:
         optimizer, qat_lr = "{name: sgd, lr: 0.01, momentum: 0.9, weight_decay: 0.0001}", "0.001"
         why = "a tenth of the 0.1 that convolutional networks are commonly trained with"
-    flag = _flag(network, data)
+    flag = _flag(network, data, chosen.task)
+    real = "  # the targets are real numbers" if chosen.task == _Source("regression", {}) else ""
     lines = [
         "# From a trained network to a 2:4-sparse INT8 engine, beside the dense twin of the same network.",
         "#",
@@ -349,11 +366,7 @@ def _text(output: Path, network: _Source, data: _Source, checkpoint: str | None,
         f"  source: {data.source}",
         *([f"  params: {_flow(data.params)}"] if data.params else []),
         "",
-        *(
-            [f"task: {{name: {chosen.task}}}  # the targets are real numbers", ""]
-            if chosen.task == "regression"
-            else []
-        ),
+        *([_task(chosen.task) + real, ""] if chosen.task is not None else []),
         f"# {chosen.size} training examples. The learning rate: {why}." if chosen.size else "# The training.",
         "training:",
         f"  epochs: {epochs}",
@@ -382,8 +395,15 @@ def _text(output: Path, network: _Source, data: _Source, checkpoint: str | None,
     return "\n".join(lines) + "\n"
 
 
-def _gate(task: str) -> list[str]:
-    if task == "regression":
+def _task(task: _Source) -> str:
+    params = f", params: {_flow(task.params)}" if task.params else ""
+    return f"task: {{name: {task.source}{params}}}"
+
+
+def _gate(task: _Source | None) -> list[str]:
+    if task is not None and menu.entry("tasks", task.source).RUNS_USER_CODE:
+        return ["# gates: {max_drop: 0.01}  # of the task's first metric, against dense FP32; exit code 4 beyond it"]
+    if task is not None and task.source == "regression":
         return ["# gates: {max_drop: 0.1}  # rise of rmse over dense FP32, in the target's unit; exit code 4 beyond it"]
     gate = "  max_drop: 0.01  # of the first metric, against dense FP32; a larger one ends the run with exit code 4"
     return ["gates:", gate]

@@ -124,7 +124,8 @@ class Task(Protocol):
     It may also have `also_measured`, name to direction of metrics that `evaluate` gives only where they mean something;
     `counting`, the task once it is told how to learn the training examples of each label; `check`, which tries the task
     on a batch and the outputs for it; `example_inputs`, a batch as a network is traced and exported with it; and
-    `answers`, which of some outputs hold an answer as their largest value.
+    `answers`, which of some outputs hold an answer as their largest value, over the last axis or, of maps
+    `(N, classes, H, W)`, over axis 1.
     """
 
     @property

@@ -91,8 +91,8 @@ def _labels(split: Split) -> NDArray[Any] | None:
 
 
 def _one_hot(split: Split) -> Iterator[str]:
-    """A line where the targets are one-hot rows `(N, classes)`, which are real numbers and mean labels."""
-    if (values := _target(split)) is None or values.ndim != 2 or values.shape[1] < 2 or values.dtype.kind != "f":
+    """A line where the targets are one-hot rows `(N, classes)`, which mean labels."""
+    if (values := _target(split)) is None or values.ndim != 2 or values.shape[1] < 2 or values.dtype.kind not in "fiu":
         return
     if ((values == 0) | (values == 1)).all() and (values.sum(axis=1) == 1).all():
         yield (

@@ -192,12 +192,14 @@ def normalization(which: str, values: NDArray[np.uint8], *, grey: bool) -> Affin
 
 
 def targets(values: NDArray[Any], where: str) -> NDArray[Any]:
-    """Integer targets as int64 `(N,)`, none negative; float targets as float32, all finite. `where` begins an error."""
-    if values.dtype.kind in "iub":
+    """Integer targets as int64, and float targets as float32, all finite. `where` begins an error.
+
+    One integer an example `(N,)` is a class label, none negative; several `(N, ...)`, such as a mask of an image, mean
+    what the task says.
+    """
+    if values.dtype.kind in "iub" and values.ndim >= 1:
         labels = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
-        if labels.ndim != 1:
-            raise DataError(f"{where}: class labels have shape {values.shape}, expected one integer an example")
-        if len(labels) and int(labels.min()) < 0:
+        if labels.ndim == 1 and len(labels) and int(labels.min()) < 0:
             raise DataError(f"{where}: label {int(labels.min())} at index {int(labels.argmin())}; labels start at 0")
         return labels.astype(np.int64)
     if values.dtype.kind == "f" and values.ndim >= 1:

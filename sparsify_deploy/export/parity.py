@@ -14,13 +14,17 @@ if TYPE_CHECKING:
     from sparsify_deploy.types import Arrays
 
 
+_MAP = 4
+"""Axes of an output that has classes along axis 1 and places after it."""
+
+
 @dataclass(frozen=True)
 class Parity:
     """The worst over all outputs.
 
     `max_relative` is the largest difference over the largest magnitude of the reference, output by output.
-    `top1_agreement` is the share of equal arg-max answers over the last axis, None where no output that answers so has
-    one of two or more; `examples` is the length of axis 0.
+    `top1_agreement` is the share of equal arg-max answers over the last axis, of maps `(N, C, H, W)` over axis 1; None
+    where no output that answers so has two or more there. `examples` is the length of axis 0.
     """
 
     max_absolute: float
@@ -30,7 +34,9 @@ class Parity:
 
 
 def compare(reference: Arrays, other: Arrays, answers: Collection[str] | None = None) -> Parity:
-    """Compare outputs by name, computed in float64. `answers`: those whose largest value is an answer; None: all.
+    """Compare outputs by name, computed in float64.
+
+    `answers` are those whose largest value is an answer; None: all but maps, which may as well be a picture.
 
     Raises:
         ModelError: names or shapes differ, there is nothing to compare, or a value is not finite.
@@ -53,8 +59,10 @@ def compare(reference: Arrays, other: Arrays, answers: Collection[str] | None = 
         largest = float(np.abs(a).max())
         absolute = max(absolute, difference)
         relative = max(relative, difference / largest if largest else (np.inf if difference else 0.0))
-        if a.ndim >= 2 and a.shape[-1] >= 2 and (answers is None or name in answers):
-            equal.append(float((a.argmax(-1) == b.argmax(-1)).mean()))
+        axis = 1 if a.ndim >= _MAP else -1
+        told = a.ndim < _MAP if answers is None else name in answers
+        if a.ndim >= 2 and a.shape[axis] >= 2 and told:
+            equal.append(float((a.argmax(axis) == b.argmax(axis)).mean()))
         sizes.add(a.shape[0] if a.ndim else 1)
     if not sizes:
         raise ModelError("there is no output to compare")

@@ -331,10 +331,17 @@ class Subject:
             said = first_line(error)
             if menu.entry("models", self.model.source).RUNS_USER_CODE:
                 said = usercode.one_line(self.model.params.path, error)  # type: ignore[attr-defined]
-            raise ModelError(f"{what}: {said}; {_advice(model)}") from error
+            raise ModelError(f"{what}: {said}; {_advice(model)}{self._about_layout(batch)}") from error
         count = len(batch[self.examples.inputs[0]])
         check_outputs(outputs, count, f"model {self.model.source}")
         return outputs
+
+    def _about_layout(self, batch: Batch) -> str:
+        """What to do where arrays of three axes may have been taken for grey images."""
+        guessed = getattr(self.data.params, "layout", None) == "auto" and batch[self.examples.inputs[0]].shape[1:2] == (
+            1,
+        )
+        return ", such as data.params.layout none for arrays that are no grey images" if guessed else ""
 
     def _check_task(self, outputs: dict[str, Tensor], batch: Batch) -> None:
         try:

@@ -193,10 +193,15 @@ def _ranks(logits: Any, target: Any) -> Any:
 
 
 def _check(logits: tuple[int, ...], target: tuple[int, ...], dtype: Any, whole: bool) -> None:
+    own = (
+        ""
+        if len(target) == 1
+        else "; for several labels an example write a task of your own (task.name file, init --task)"
+    )
     if len(logits) != 2:
-        raise DataError(f"classification needs logits of shape (N, classes), the model gives {tuple(logits)}")
+        raise DataError(f"classification needs logits of shape (N, classes), the model gives {tuple(logits)}{own}")
     if tuple(target) != (logits[0],):
-        raise DataError(f"classification needs a target of shape ({logits[0]},), the data gives {tuple(target)}")
+        raise DataError(f"classification needs a target of shape ({logits[0]},), the data gives {tuple(target)}{own}")
     if not whole:
         raise DataError(
             f"classification needs integer labels as target, the data gives {dtype}: values need task.name regression"

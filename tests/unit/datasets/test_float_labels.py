@@ -19,6 +19,8 @@ RANDOM = np.random.default_rng(0)
     ("targets", "told"),
     [
         (np.eye(3, dtype="f4")[np.arange(12) % 3], True),
+        (np.eye(3, dtype="i8")[np.arange(12) % 3], True),
+        (np.ones((12, 3), "i8"), False),
         (np.eye(3, dtype="f4")[np.arange(12) % 3] * 0.5, False),
         (np.tile(np.float32([[1, 1, 0]]), (12, 1)), False),
         (RANDOM.random((12, 3), dtype="f4"), False),

@@ -92,7 +92,7 @@ def test_what_stops_a_run(given: MemoryDataSet, text: str) -> None:
 
 def test_values_and_large_numbers_are_no_classes() -> None:
     assert judge(data([0.5, 0.5], (0.5,))) == Judged()
-    assert judge(data([[0, 1], [1, 0]], [[0, 1]])) == Judged()
+    assert judge(data([[0, 1], [1, 1]], [[0, 1]])) == Judged()
     assert judge(data([10**9, 0], (0,))).class_counts is None
 
 

@@ -186,7 +186,8 @@ def broken(**changes: object) -> dict:
         (broken(x_train=np.full((40, 2, 2), "a")), "x_train: inputs of type <U1"),
         (broken(y_train=np.full(40, "a")), "y_train: targets of type <U1, expected integers"),
         (broken(y_train=np.arange(40) - 3), "y_train: label -3 at index 0; labels start at 0"),
-        (broken(y_train=np.zeros((40, 10), "int64")), "y_train: class labels have shape (40, 10)"),
+        (broken(y_train=np.int64(3)), "y_train is no array of examples"),
+        (broken(y_train=np.zeros((40, 10), "int64")), "train and test targets are unlike: int64 (10,) and int64 ()"),
         (broken(x_train=np.uint8(3)), "x_train is no array of examples"),
         (broken(x_train=np.zeros((40, 5, 5, 5), "uint8")), "x_train: cannot tell where the channels of (40, 5, 5, 5)"),
         (broken(x_train=np.zeros((40, 3, 5, 3), "uint8")), "x_train: cannot tell where the channels of (40, 3, 5, 3)"),
@@ -194,6 +195,14 @@ def broken(**changes: object) -> dict:
 )
 def test_contents_that_are_wrong(save, content: dict, says: str) -> None:
     assert failure(save(content)).startswith(says)
+
+
+def test_masks_are_whole_numbers_of_any_shape_and_mean_what_a_task_says(save) -> None:
+    masks = np.arange(40 * 4, dtype="int16").reshape(40, 2, 2) - 1
+    data = load(save(arrays() | {"y_train": masks, "y_test": masks[:10]}))
+    target = whole(data.split("train"))["target"]
+    assert target.dtype == torch.int64
+    assert target.tolist() == masks.tolist()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])

@@ -24,6 +24,19 @@ def test_no_classes_no_agreement():
     assert compare({"y": np.zeros((3, 1))}, {"y": np.ones((3, 1))}).max_relative == np.inf
 
 
+def test_maps_answer_by_axis_1_and_only_where_the_task_says_so():
+    reference, other = np.zeros((2, 3, 2, 2)), np.zeros((2, 3, 2, 2))
+    reference[:, 1], other[:, 1] = 1.0, 1.0
+    other[0, 2, 0, 1] = 2.0
+    maps = {"output": reference}, {"output": other}
+    assert compare(*maps).top1_agreement is None
+    assert compare(*maps, answers=("output",)).top1_agreement == 7 / 8
+    assert compare(*maps, answers=()).top1_agreement is None
+    assert compare(*maps).max_relative == 2.0
+    tokens = {"output": reference[:, :, 0]}, {"output": other[:, :, 0]}
+    assert compare(*tokens).top1_agreement == 5 / 6
+
+
 @pytest.mark.parametrize(
     ("reference", "other", "message"),
     [

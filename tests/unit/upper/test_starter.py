@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from sparsify_deploy import console, recipe_source, starter
+from sparsify_deploy.__main__ import main
 from sparsify_deploy.errors import DataError, ModelError, UsageError
 from sparsify_deploy.recipe import Recipe
 from sparsify_deploy.starter import Start
@@ -172,6 +173,77 @@ def test_real_targets_make_it_regression(tmp_path: Path, monkeypatch: pytest.Mon
     recipe = recipe_source.load(tmp_path / "r.yaml")
     assert recipe.task.name == "regression"
     assert recipe.gates.max_drop is None
+
+
+SEGMENTS = """
+from torch import nn
+from torch.nn import functional
+
+
+def build():
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 3, 3, padding=1))
+
+
+class Task:
+    metrics = {"pixels": "higher"}
+
+    def loss(self, outputs, batch):
+        return functional.cross_entropy(outputs["output"], batch["target"])
+
+    def evaluate(self, outputs, batch):
+        return {"pixels": float((outputs["output"].argmax(1) == batch["target"]).mean())}
+"""
+
+
+def test_a_task_of_the_users_own_for_masks_goes_to_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "net.py").write_text(SEGMENTS)
+    x = np.random.default_rng(0).normal(size=(40, 3, 8, 8)).astype("f4")
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=x.argmax(1), x_test=x, y_test=x.argmax(1))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"classification needs logits .*; for several labels an example write a task"):
+        begin("file:net.py:build", "npz:d.npz", Path("r.yaml"), trust_code=True)
+    with pytest.raises(UsageError, match="runs code that it names"):
+        begin("builtin:resnet8", "npz:d.npz", Path("r.yaml"), task="file:net.py:Task")
+    assert not Path("r.yaml").exists()
+    begin("file:net.py:build", "npz:d.npz", Path("r.yaml"), trust_code=True, task="file:net.py:Task")
+    recipe = recipe_source.load(Path("r.yaml"))
+    assert recipe.task.name == "file"
+    assert recipe.gates.max_drop is None
+    few = ("training.epochs=1", "nm=null", "quantize.qat.epochs=1", "export.min_top1_agreement=0.999")
+    arguments = ["run", "r.yaml", "--trust-code", "--quiet", "--until", "export_onnx"]
+    assert main([*arguments, *(word for each in few for word in ("--set", each))]) == 0
+    assert Path("runs/r/report.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "task", "said"),
+    [
+        ("builtin:resnet8", "digits", "clasification", "--task clasification: no source 'clasification'"),
+        ("builtin:resnet8", "digits", "file", "--task file: file needs a path"),
+        ("builtin:resnet8", "digits", "regression", "regression needs a target"),
+        ("onnx:net.onnx", None, "regression", "--task regression: measures answers to examples: give --data too"),
+    ],
+)
+def test_a_task_that_does_not_fit_is_refused(tmp_path: Path, model: str, data: str, task: str, said: str) -> None:
+    with pytest.raises((UsageError, DataError, ModelError)) as caught:
+        begin(model, data, tmp_path / "r.yaml", task=task)
+    assert str(caught.value).startswith(said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arrays_of_three_axes_are_images_unless_the_layout_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\n\ndef build():\n"
+        "    return nn.Sequential(nn.Conv1d(6, 16, 3), nn.Flatten(), nn.Linear(16 * 14, 2))\n"
+    )
+    x, y = np.random.default_rng(0).normal(size=(20, 6, 16)).astype("f4"), np.arange(20) % 2
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"such as data\.params\.layout none for arrays that are no grey images$"):
+        begin("file:net.py:build", "npz:d.npz", Path("r.yaml"), trust_code=True)
+    begin("file:net.py:build", "npz:d.npz", Path("r.yaml"), trust_code=True, sets=["data.params.layout=none"])
 
 
 def test_set_reaches_into_a_parameter_as_it_does_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
