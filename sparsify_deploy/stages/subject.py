@@ -338,10 +338,10 @@ class Subject:
 
     def _about_layout(self, batch: Batch) -> str:
         """What to do where arrays of three axes may have been taken for grey images."""
-        guessed = getattr(self.data.params, "layout", None) == "auto" and batch[self.examples.inputs[0]].shape[1:2] == (
-            1,
-        )
-        return ", such as data.params.layout none for arrays that are no grey images" if guessed else ""
+        channels = batch[self.examples.inputs[0]].shape[1:2]
+        if getattr(self.data.params, "layout", None) != "auto" or tuple(channels) != (1,):
+            return ""
+        return ", such as data.params.layout none for arrays that are no grey images"
 
     def _check_task(self, outputs: dict[str, Tensor], batch: Batch) -> None:
         try:

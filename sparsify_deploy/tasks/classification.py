@@ -193,11 +193,8 @@ def _ranks(logits: Any, target: Any) -> Any:
 
 
 def _check(logits: tuple[int, ...], target: tuple[int, ...], dtype: Any, whole: bool) -> None:
-    own = (
-        ""
-        if len(target) == 1
-        else "; for several labels an example write a task of your own (task.name file, init --task)"
-    )
+    several = "; for several labels an example write a task of your own (task.name file, init --task)"
+    own = several if len(target) > 1 else ""
     if len(logits) != 2:
         raise DataError(f"classification needs logits of shape (N, classes), the model gives {tuple(logits)}{own}")
     if tuple(target) != (logits[0],):
