@@ -26,7 +26,7 @@ from torch.utils import _pytree
 
 from sparsify_deploy.errors import ModelError
 from sparsify_deploy.models._aten import attention_weights, dropout_of, name_of, translated
-from sparsify_deploy.sparsity.tracing import EXPORTED, is_layer, trace
+from sparsify_deploy.sparsity.tracing import EXPORTED, check_names, is_layer, trace
 
 Call = Callable[[nn.Module, Mapping[str, Tensor]], Any]
 """How to call a network on its named inputs."""
@@ -133,8 +133,10 @@ def followable(
     """The graph of a network that torch.fx cannot trace and torch.export can, or why neither can; None: torch.fx can.
 
     `given`, called where it is needed, gives an example of two examples or more and batches of other sizes, and the
-    free axes of each input. The result says in its notes what it is.
+    free axes of each input. The result says in its notes what it is. `ModelError` where a part has a name that no
+    graph can keep.
     """
+    check_names(network)
     try:
         trace(network)
     except ModelError as refused:

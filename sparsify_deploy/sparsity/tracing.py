@@ -18,6 +18,20 @@ EXPORTED = "exported"
 """The key in a GraphModule's `meta` that says it is a graph as `trace` makes them, and need not be traced."""
 
 
+_TAKEN = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(dir(nn.Module()))
+
+
+def check_names(model: nn.Module) -> None:
+    """Raises ModelError where a graph of `model` could not have its parts under their names: torch.fx needs some."""
+    parts = (model.named_children(), model.named_parameters(recurse=False), model.named_buffers(recurse=False))
+    for name in (name for some in parts for name, _ in some):
+        if name in _TAKEN:
+            raise ModelError(
+                f"{type(model).__name__} has a part called {name!r}, a name that torch.fx needs in its graphs: give it "
+                "another, in a checkpoint of it too"
+            )
+
+
 def trace(model: nn.Module, arguments: int = 0) -> fx.GraphModule:
     """A deep copy of `model` in eval mode, traced; parameter names and the module hierarchy are kept.
 
@@ -26,10 +40,12 @@ def trace(model: nn.Module, arguments: int = 0) -> fx.GraphModule:
     marked `EXPORTED` is copied as it is.
 
     Raises:
-        ModelError: the network cannot be copied or traced, naming the module and torch.fx's reason.
+        ModelError: the network cannot be copied or traced, naming the module and torch.fx's reason, or a part of it has
+            a name that graphs need.
     """
     if isinstance(model, fx.GraphModule) and model.meta.get(EXPORTED):
         return copy.deepcopy(model).eval()
+    check_names(model)
     tracer = _Tracer()
     try:
         root = copy.deepcopy(model).eval()

@@ -193,9 +193,23 @@ class Subject:
         return training_batches(split, seed=self.seed, batch_size=min(batch_size, len(split)), count=batches)
 
     def answers(self, outputs: Mapping[str, object]) -> Collection[str] | None:
-        """The outputs whose largest value is the network's answer, as the task has it; None where it does not say."""
+        """The outputs whose largest value is the network's answer, as the task has it; None without examples.
+
+        Where the task does not say: the only output or the one called `logits`, if each example has one integer label.
+        """
+        if not self.measured:
+            return None
         told: Callable[[Mapping[str, object]], Collection[str]] | None = getattr(self.opened_task, "answers", None)
-        return None if told is None or not self.measured else told(outputs)
+        if told is not None:
+            return told(outputs)
+        names = list(outputs) if len(outputs) == 1 else ["logits"]
+        return [name for name in names if name in outputs and self._one_label]
+
+    @cached_property
+    def _one_label(self) -> bool:
+        """Whether the target of an example is one integer."""
+        target = self.example().get("target")
+        return target is not None and target.ndim == 1 and not target.is_floating_point()
 
     @property
     def measured(self) -> bool:

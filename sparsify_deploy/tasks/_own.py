@@ -37,6 +37,11 @@ class OwnTask:
         """The user's own, checked; None where the task has none."""
         return self._inputs if hasattr(self.made, "example_inputs") else None
 
+    @property
+    def answers(self) -> Callable[[Mapping[str, object]], tuple[str, ...]] | None:
+        """The user's own, checked; None where the task has none."""
+        return self._answers if hasattr(self.made, "answers") else None
+
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """What the user's `loss` gives: a scalar tensor; with a gradient, where the outputs have one."""
         with usercode.calling(self.path, DataError):
@@ -75,6 +80,8 @@ class OwnTask:
                 torch.autograd.backward(found)
         # Not `evaluate`: of few examples a metric such as a correlation may have no value.
         self._evaluated({k: v.detach().numpy() for k, v in outputs.items()}, {k: v.numpy() for k, v in batch.items()})
+        if self.answers is not None:
+            self.answers(outputs)
 
     def _evaluated(self, outputs: Arrays, batch: Arrays) -> dict[str, float]:
         with usercode.calling(self.path, DataError):
@@ -125,6 +132,16 @@ class OwnTask:
                 raise DataError(f"{at}: example_inputs gives {name!r} as {given}, expected a tensor of {like}")
         return {**batch, **found}
 
+    def _answers(self, outputs: Mapping[str, object]) -> tuple[str, ...]:
+        with usercode.calling(self.path, DataError):
+            found = self.made.answers(outputs)
+        at = self._at("answers")
+        if not isinstance(found, (list, tuple, set, frozenset)):
+            raise DataError(f"{at}: answers gives {type(found).__name__}, expected a list of names of outputs")
+        if strange := [name for name in found if name not in outputs]:
+            raise DataError(f"{at}: answers gives {strange[0]!r}, the model has {_names(outputs)}")
+        return tuple(found)
+
 
 def checked(made: Any, path: Path, name: str) -> OwnTask:
     """The task that `name` of the file `path` gave; `DataError` where it is none."""
@@ -139,6 +156,8 @@ def checked(made: Any, path: Path, name: str) -> OwnTask:
         _check_signature(path, part, getattr(made, part), ("outputs", "batch"))
     if hasattr(made, "example_inputs"):
         _check_signature(path, "example_inputs", made.example_inputs, ("batch",))
+    if hasattr(made, "answers"):
+        _check_signature(path, "answers", made.answers, ("outputs",))
     if not isinstance(metrics, Mapping) or not metrics:
         shown = f"is {metrics!r:.60}" if not isinstance(metrics, Mapping) else "is empty"
         raise DataError(

@@ -15,8 +15,10 @@ of numpy arrays over all examples at once:
 
 `loss` among what `evaluate` gives is the loss over all examples; left out, it is computed by `loss`. A network that
 gives one tensor has the output `output`. An `example_inputs(batch)` may replace fields of the batch that a network is
-traced and exported with. The file is executed with its folder importable; only the file itself enters the fingerprint
-of a run, not what it imports. All of it is tried on a batch of the data before anything runs.
+traced and exported with. An `answers(outputs)` may name the outputs whose largest value, over the last axis or of maps
+`(N, classes, H, W)` over the classes, INT8 files are to have in common with torch. The file is executed with its folder
+importable; only the file itself enters the fingerprint of a run, not what it imports. All of it is tried on a batch of
+the data before anything runs.
 """
 
 from __future__ import annotations

@@ -152,6 +152,22 @@ def test_example_inputs_replace_fields(write):
         assert says in str(caught.value)
 
 
+def test_answers_are_names_of_outputs(write):
+    own = TASK.replace("def task", "    def answers(self, outputs):\n        return VALUE\n\ndef task")
+    assert create(write(TASK)).answers is None
+    assert create(write(own.replace("VALUE", "list(outputs)"))).answers(OUTPUTS) == ("output",)
+    assert create(write(own.replace("VALUE", "()"))).answers(OUTPUTS) == ()
+    for bad, says in (
+        ("'output'", ":15: answers gives str, expected a list of names of outputs"),
+        ("['scores']", ":15: answers gives 'scores', the model has output"),
+        ("1 / 0", ":16: ZeroDivisionError"),
+    ):
+        assert refused(write(own.replace("VALUE", bad))).startswith(says)
+    assert ": answers cannot be called as answers(outputs)" in refused(
+        write(own.replace("answers(self, outputs)", "answers(self)"))
+    )
+
+
 def test_nothing_is_run_by_the_parameters_alone(write, tmp_path):
     path = write(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n" + TASK)
     params = file.Params.model_validate({"path": "own.py"}, context={"folder": tmp_path})

@@ -216,6 +216,45 @@ def test_a_task_of_the_users_own_for_masks_goes_to_int8(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
+    ("target", "outputs", "method", "expected"),
+    [
+        ("np.arange(8)", ("output",), "", ["output"]),
+        ("np.arange(8)", ("logits", "features"), "", ["logits"]),
+        ("np.arange(8)", ("scores", "features"), "", []),
+        ("np.ones(8, 'f4')", ("output",), "", []),
+        ("np.ones((8, 2, 2), 'i8')", ("output",), "", []),
+        ("np.ones((8, 2, 2), 'i8')", ("output",), "def answers(self, outputs): return [*outputs]", ["output"]),
+    ],
+)
+def test_what_answers_where_a_task_does_not_say(
+    tmp_path: Path, target: str, outputs: tuple[str, ...], method: str, expected: list[str]
+) -> None:
+    (tmp_path / "own.py").write_text(
+        f"import numpy as np\n{SEGMENTS}\n    {method}\n\n\n"
+        f"def data():\n    half = dict(x=np.ones((8, 3, 4, 4), 'f4'), target={target})\n"
+        "    return dict(train=half, test=half)\n"
+    )
+    (tmp_path / "r.yaml").write_text(
+        "version: 1\nmodel: {source: file, params: {path: own.py, object: build}}\n"
+        "data: {source: file, params: {path: own.py, object: data}}\n"
+        "task: {name: file, params: {path: own.py, object: Task}}\nnm: {}\n"
+    )
+    subject = open_run(tmp_path / "r.yaml", trust_code=True).plan.subject
+    assert list(subject.answers(dict.fromkeys(outputs))) == expected
+
+
+def test_a_part_with_a_name_that_graphs_need_is_a_line(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.flat, self.meta = nn.Flatten(), nn.Linear(64, 10)\n\n"
+        "    def forward(self, x):\n        return self.meta(self.flat(x))\n"
+    )
+    with pytest.raises(ModelError, match=r"^Net has a part called 'meta', a name that torch\.fx needs in its graphs: "):
+        begin(f"file:{tmp_path / 'net.py'}:Net", "digits", tmp_path / "r.yaml", trust_code=True)
+
+
+@pytest.mark.parametrize(
     ("model", "data", "task", "said"),
     [
         ("builtin:resnet8", "digits", "clasification", "--task clasification: no source 'clasification'"),
