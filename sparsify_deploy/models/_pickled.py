@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import pickletools
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -41,7 +42,8 @@ def objects_in(path: Path) -> tuple[str, ...]:
         return ()
     found: dict[str, None] = {}
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of escapes in what may be a tensor's bytes
             for pickled in _pickles(file):
                 for name in _named(pickled):
                     if name not in _TENSORS and name.partition(" ")[0] not in _TENSORS:

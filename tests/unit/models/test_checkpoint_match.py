@@ -263,6 +263,8 @@ def test_what_is_no_pickle_holds_no_objects(tmp_path: Path, content: bytes) -> N
     assert objects_in(tmp_path / "absent.pt") == objects_in(tmp_path) == ()
     (tmp_path / "w.safetensors").write_bytes(pickle.dumps(Evil()))
     assert objects_in(tmp_path / "w.safetensors") == ()
+    (tmp_path / "escape.pt").write_bytes(b"cposix\nmkdir\n.cwhat\n\\`\n.")  # whatever follows a pickle
+    assert objects_in(tmp_path / "escape.pt") == ("posix.mkdir", "what.\\`")
 
 
 def test_the_facts_of_a_load_are_json() -> None:
