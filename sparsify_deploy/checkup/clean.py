@@ -59,10 +59,8 @@ def clean(
         raise UsageError(f"--unused: {folder} has no report that says which results are used: finish a run first")
     found = tuple(_pieces(run, unfinished=unfinished, unused=unused))
     if not dry_run:
-        with (
-            holding(run.folder, ArtifactStore(run.store)),
-            durable.explained(run.store),
-        ):  # taking it sweeps the store's leftovers
+        held = holding(run.folder, ArtifactStore(run.store))  # taking it sweeps the store's leftovers
+        with held, durable.explained(run.store):
             doomed = [piece.path for piece in _pieces(run, unfinished=unfinished, unused=unused) if piece.goes]
             for path in doomed:
                 _delete(path)

@@ -21,6 +21,7 @@ from sparsify_deploy.stages.given import Given
 from sparsify_deploy.stages.inference import run_test
 from sparsify_deploy.stages.predictions import predictable
 from sparsify_deploy.stages.subject import unmet_packages
+from sparsify_deploy.tasks._fields import usual_name
 from sparsify_deploy.types import Context, Facts, Json
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class ImportOnnx:
             return {}
         classes = self.subject.examples.classes
         wanted = getattr(self.subject.task.params, "output", None)
-        logits = outputs.get(wanted or ("logits" if len(outputs) > 1 else next(iter(outputs))))
+        logits = outputs.get(wanted or usual_name(outputs))
         if classes is not None and logits is not None and logits.ndim == 2 and logits.shape[1] != len(classes):
             raise ModelError(
                 f"{self.subject.path.name}: its output gives {logits.shape[1]} classes and data.source "

@@ -14,6 +14,7 @@ from sparsify_deploy import menu
 from sparsify_deploy.errors import DataError, EnvironmentProblem, ModelError, SparsifyError, is_out_of_memory
 from sparsify_deploy.recipe import CalibrationData, Data, Model, TaskSection
 from sparsify_deploy.safety import usercode
+from sparsify_deploy.tasks._fields import usual_name
 
 if TYPE_CHECKING:
     import torch
@@ -202,8 +203,8 @@ class Subject:
         told: Callable[[Mapping[str, object]], Collection[str]] | None = getattr(self.opened_task, "answers", None)
         if told is not None:
             return told(outputs)
-        names = list(outputs) if len(outputs) == 1 else ["logits"]
-        return [name for name in names if name in outputs and self._one_label]
+        name = usual_name(outputs)
+        return [name] if name in outputs and self._one_label else []
 
     @cached_property
     def _one_label(self) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from sparsify_deploy.errors import DataError, ModelError, SparsifyError, is_out_of_memory
 from sparsify_deploy.stages.subject import Subject, first_line
+from sparsify_deploy.tasks._fields import usual_name
 from sparsify_deploy.training.image_settings import from_torchvision
 from sparsify_deploy.training.settings import Training
 
@@ -77,7 +78,7 @@ def mixing(subject: Subject, training: Training, model: nn.Module) -> Mixing | N
         outputs = outputs_of(model, moved(subject.example(), device_of(model)), subject.examples.inputs)
     name = getattr(subject.task.params, "output", None)
     if name is None:
-        name = next(iter(outputs)) if len(outputs) == 1 else "logits"
+        name = usual_name(outputs)
     logits = outputs.get(name)
     if logits is None or logits.ndim != 2:
         raise DataError("training.mixup and cutmix need logits of shape (N, classes), which the model does not give")

@@ -10,10 +10,15 @@ from sparsify_deploy.errors import DataError
 TARGET = "target"
 
 
+def usual_name(outputs: Mapping[str, Any]) -> str:
+    """The only output, or `logits` among several, which they may lack."""
+    return next(iter(outputs)) if len(outputs) == 1 else "logits"
+
+
 def chosen_name(outputs: Mapping[str, Any], name: str | None) -> str:
-    """`name`; None: the only output, or `logits` among several. `DataError` where there is no such output."""
+    """`name`; None: the `usual_name`. `DataError` where there is no such output."""
     if name is None:
-        name = next(iter(outputs)) if len(outputs) == 1 else "logits"
+        name = usual_name(outputs)
     if name not in outputs:
         known = ", ".join(outputs) or "none"
         raise DataError(f"the model has no output {name!r} (it has {known}): name one in task.params.output")

@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from sparsify_deploy import console, recipe_source, starter
@@ -30,6 +31,11 @@ def build():
 def begin(model: str, data: str, output: Path, **changed: object) -> starter.Start:
     options: dict[str, object] = {"checkpoint": None, "trust_code": False, "force": False, **changed}
     return starter.start(model, data, output, **options)  # type: ignore[arg-type]
+
+
+def save(folder: Path, x: NDArray[np.float32], y: NDArray[np.generic]) -> None:
+    """`d.npz`, the same examples in both splits."""
+    np.savez(folder / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
 
 
 def test_the_recipe_is_valid_and_fits_the_data(tmp_path: Path) -> None:
@@ -167,7 +173,7 @@ def test_real_targets_make_it_regression(tmp_path: Path, monkeypatch: pytest.Mon
         "    return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1))\n"
     )
     x, y = np.random.default_rng(0).normal(size=(20, 16)).astype("f4"), np.linspace(0, 1, 20, dtype="f4")
-    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    save(tmp_path, x, y)
     monkeypatch.chdir(tmp_path)
     begin("file:net.py:build", "npz:d.npz", Path("r.yaml"), trust_code=True)
     recipe = recipe_source.load(tmp_path / "r.yaml")
@@ -198,7 +204,7 @@ class Task:
 def test_a_task_of_the_users_own_for_masks_goes_to_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "net.py").write_text(SEGMENTS)
     x = np.random.default_rng(0).normal(size=(40, 3, 8, 8)).astype("f4")
-    np.savez(tmp_path / "d.npz", x_train=x, y_train=x.argmax(1), x_test=x, y_test=x.argmax(1))
+    save(tmp_path, x, x.argmax(1))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"classification needs logits .*; for several labels an example write a task"):
         begin("file:net.py:build", "npz:d.npz", Path("r.yaml"), trust_code=True)
@@ -278,7 +284,7 @@ def test_arrays_of_three_axes_are_images_unless_the_layout_says_otherwise(
         "    return nn.Sequential(nn.Conv1d(6, 16, 3), nn.Flatten(), nn.Linear(16 * 14, 2))\n"
     )
     x, y = np.random.default_rng(0).normal(size=(20, 6, 16)).astype("f4"), np.arange(20) % 2
-    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    save(tmp_path, x, y)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=r"such as data\.params\.layout none for arrays that are no grey images$"):
         begin("file:net.py:build", "npz:d.npz", Path("r.yaml"), trust_code=True)
@@ -313,7 +319,7 @@ def test_the_head_gives_commands_that_work_and_notes_say_what_is_odd(
         "        self.out = nn.Linear(32, 4)\n\n    def forward(self, x):\n        return self.out(x @ self.w)\n"
     )
     x, y = np.random.default_rng(0).normal(size=(20, 16)).astype("f4"), np.eye(4, dtype="f4")[np.arange(20) % 4]
-    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    save(tmp_path, x, y)
     monkeypatch.chdir(tmp_path)
     found = begin("file:net.py:Net", "npz:d.npz", Path("r.yaml"), trust_code=True)
     labels, weights = found.notes
